@@ -1,0 +1,198 @@
+"""Parameters, bytes and FLOPs of an NLLB-MoE, counted by hand from ModelConfig. Torch-free.
+
+Legend: d d_model, f feed-forward width, E experts, V vocabulary, S source tokens, T target tokens, A = 4 (d*d + d).
+
+    one feed-forward = one expert   2 d f + f + d
+    encoder layer                   A + 2 * 2d + (feed-forward | E experts + router E d)
+    decoder layer                  2A + 3 * 2d + (feed-forward | E experts + router E d)
+
+A FLOP is one multiplication or addition: a matrix product [T, K] x [K, N] costs 2 T K N. GB is 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.config import PRECISIONS, EngineConfig, ModelConfig, QuantScheme
+
+Stack = Literal["encoder", "decoder"]
+_ACTIVE_EXPERTS = 2
+_SCALE_BYTES = 2
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_UNQUANTIZED_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCounts:
+    """Parameters by group. `dense` is attention, dense feed-forwards and all norms."""
+
+    expert_matrices: int
+    expert_biases: int
+    routers: int
+    embedding: int
+    dense: int
+
+    @property
+    def experts(self) -> int:
+        """Matrices and biases of all experts."""
+        return self.expert_matrices + self.expert_biases
+
+    @property
+    def rest(self) -> int:
+        """Everything that is never quantized: all but the expert matrices."""
+        return self.expert_biases + self.routers + self.embedding + self.dense
+
+    @property
+    def total(self) -> int:
+        """All parameters, the shared embedding once."""
+        return self.expert_matrices + self.rest
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes one engine will hold.
+
+    experts_bytes: expert matrices in canonical form. rest_bytes: all other weights. layout_copies_bytes: second copies
+    that CPU kernels want (int4 codes of the decoder, output projection). kv_cache_bytes: self- and cross-attention cache.
+    """
+
+    experts_bytes: int
+    rest_bytes: int
+    layout_copies_bytes: int
+    kv_cache_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of the parts; activations come on top."""
+        return self.experts_bytes + self.rest_bytes + self.layout_copies_bytes + self.kv_cache_bytes
+
+
+def num_sparse_layers(config: ModelConfig, stack: Stack) -> int:
+    """Layers of the stack that hold experts."""
+    layers = config.encoder_layers if stack == "encoder" else config.decoder_layers
+    return sum(config.is_sparse(stack, layer) for layer in range(layers))
+
+
+def count_parameters(config: ModelConfig) -> ParameterCounts:
+    """Closed forms of the header."""
+    d, experts = config.d_model, config.num_experts
+    attention = 4 * (d * d + d)
+    matrices = biases = routers = dense_ffn = 0
+    for layers, sparse, f in _stacks(config):
+        matrices += sparse * experts * 2 * d * f
+        biases += sparse * experts * (f + d)
+        routers += sparse * experts * (d + config.router_bias)
+        dense_ffn += (layers - sparse) * (2 * d * f + f + d)
+    attentions = config.encoder_layers + 2 * config.decoder_layers
+    norms = 2 * config.encoder_layers + 3 * config.decoder_layers + 2
+    return ParameterCounts(
+        expert_matrices=matrices,
+        expert_biases=biases,
+        routers=routers,
+        embedding=config.vocab_size * d,
+        dense=attentions * attention + norms * 2 * d + dense_ffn,
+    )
+
+
+def matrix_bytes(out_features: int, in_features: int, precision: str) -> int:
+    """Bytes of one expert matrix [N, K]: codes and one 2-byte scale per output feature and group."""
+    scheme = QuantScheme.from_name(precision)
+    if scheme is None:
+        return out_features * in_features * _UNQUANTIZED_BYTES[precision]
+    code_bytes = in_features if scheme.bits == 8 else (in_features + 1) // 2
+    groups = 1 if scheme.group_size is None else -(-in_features // scheme.group_size)
+    return out_features * (code_bytes + _SCALE_BYTES * groups)
+
+
+def expert_bytes(config: ModelConfig, precision: str) -> int:
+    """Bytes of all expert matrices at `precision` (one of PRECISIONS); biases are not among them."""
+    d = config.d_model
+    return sum(
+        sparse * config.num_experts * (matrix_bytes(f, d, precision) + matrix_bytes(d, f, precision))
+        for _, sparse, f in _stacks(config)
+    )
+
+
+def rest_bytes(config: ModelConfig, item_bytes: int) -> int:
+    """Bytes of everything but the expert matrices at `item_bytes` per value; routers always compute in fp32."""
+    counts = count_parameters(config)
+    return (counts.rest - counts.routers) * item_bytes + counts.routers * 4
+
+
+def model_bytes(config: ModelConfig, precision: str) -> int:
+    """Bytes of the whole model at `precision`; quantized precisions keep the rest in 2 bytes per value."""
+    return expert_bytes(config, precision) + rest_bytes(config, 4 if precision == "fp32" else 2)
+
+
+def kv_bytes_per_row(config: ModelConfig, max_target_tokens: int, item_bytes: int) -> int:
+    """Self-attention cache of one live row: a key and a value per decoder layer and position."""
+    return 2 * config.d_model * config.decoder_layers * max_target_tokens * item_bytes
+
+
+def kv_bytes_per_slot(config: ModelConfig, max_source_tokens: int, item_bytes: int) -> int:
+    """Cross-attention cache of one sentence: a key and a value per decoder layer and source token."""
+    return 2 * config.d_model * config.decoder_layers * max_source_tokens * item_bytes
+
+
+def encoder_flops_per_token(config: ModelConfig, source_tokens: int) -> int:
+    """FLOPs of the encoder for one token of a source of S tokens, softmax and norms left out."""
+    d = config.d_model
+    attention = config.encoder_layers * (8 * d * d + 4 * source_tokens * d)
+    return attention + _feed_forward_flops(config, "encoder")
+
+
+def cross_kv_flops_per_token(config: ModelConfig) -> int:
+    """FLOPs to project one source token to the keys and values of all decoder layers, once per sentence."""
+    return config.decoder_layers * 4 * config.d_model * config.d_model
+
+
+def decoder_flops_per_row(config: ModelConfig, source_tokens: int, target_tokens: int) -> int:
+    """FLOPs of one decode step for one row that attends to S source and T target tokens, output projection included."""
+    d = config.d_model
+    attention = config.decoder_layers * (12 * d * d + 4 * (source_tokens + target_tokens) * d)
+    return attention + _feed_forward_flops(config, "decoder") + 2 * d * config.vocab_size
+
+
+def plan_memory(config: ModelConfig, engine_config: EngineConfig) -> MemoryPlan:
+    """Bytes that an engine with these limits will hold on its device."""
+    item_bytes = _ITEM_BYTES[engine_config.compute_dtype]
+    scheme = engine_config.quant_scheme
+    if scheme is None:
+        experts = count_parameters(config).expert_matrices * item_bytes
+    else:
+        experts = expert_bytes(config, engine_config.precision)
+    copies = 0
+    if engine_config.device == "cpu" and engine_config.compute_dtype != "float16":
+        copies = config.vocab_size * config.d_model * item_bytes
+        if engine_config.compute_dtype == "bfloat16" and scheme is not None and scheme.bits == 4:
+            copies += _decoder_share(config, experts)
+    rows = engine_config.max_rows * kv_bytes_per_row(config, engine_config.max_target_tokens + 1, item_bytes)
+    slots = engine_config.max_source_slots * kv_bytes_per_slot(config, engine_config.max_source_tokens, item_bytes)
+    return MemoryPlan(experts, rest_bytes(config, item_bytes), copies, rows + slots)
+
+
+def fitting_precisions(config: ModelConfig, available_bytes: int) -> tuple[str, ...]:
+    """Precisions whose whole model, without cache and activations, is at most `available_bytes`; best quality first."""
+    return tuple(name for name in PRECISIONS if model_bytes(config, name) <= available_bytes)
+
+
+def _stacks(config: ModelConfig) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """(layers, sparse layers, feed-forward width) of the encoder and the decoder."""
+    return (
+        (config.encoder_layers, num_sparse_layers(config, "encoder"), config.encoder_ffn_dim),
+        (config.decoder_layers, num_sparse_layers(config, "decoder"), config.decoder_ffn_dim),
+    )
+
+
+def _decoder_share(config: ModelConfig, experts_bytes: int) -> int:
+    """Bytes of the decoder's experts: the int4 kernel for few tokens wants its own copy of them."""
+    weights = [sparse * f for _, sparse, f in _stacks(config)]
+    return experts_bytes * weights[1] // sum(weights) if sum(weights) else 0
+
+
+def _feed_forward_flops(config: ModelConfig, stack: Stack) -> int:
+    layers, sparse, f = _stacks(config)[stack == "decoder"]
+    one = 4 * config.d_model * f
+    router = 2 * config.d_model * config.num_experts
+    return (layers - sparse) * one + sparse * (_ACTIVE_EXPERTS * one + router)

@@ -1,0 +1,1 @@
+"""The demonstration model: its corpus, its trainer, its evaluation and the small checkpoint that ships."""

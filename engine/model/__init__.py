@@ -1,0 +1,1 @@
+"""The network: transformer, attention, mixture of experts, and its slow twin `reference`."""

@@ -1,0 +1,219 @@
+"""Which sentence runs when: a waiting queue, slots and rows for those admitted, deadlines, cancellation. Torch-free.
+
+Between two decode steps, sentences that left free rows and slots make room for waiting ones (continuous batching).
+Order is first come, first served, with one bounded exception: a sentence whose beams do not fit yet may be overtaken by
+later ones that do, at most MAX_OVERTAKES of them; then everything behind it waits until it fits.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from engine.config import EngineConfig
+from engine.slots import FreeList
+from engine.types import EngineFullError, FinishReason, Int32Array, RequestError, Timings, TranslationRequest
+
+MAX_OVERTAKES = 32
+MIN_FREE_SHARE = 1 / 4  # +25 % sentences/s over 0 on the CPU at 32 slots, beam 1; +13 % at beam 4
+Clock = Callable[[], float]
+
+
+class Status(enum.Enum):
+    """Where a sentence is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class GenerationState:
+    """One sentence from submission to its end; mutable, owned by the scheduler.
+
+    source_token_ids int32[S]. forced_token_id: the target language. max_tokens: generated tokens at most. deadline_s and
+    the other times are seconds of the scheduler's clock. source_slot and beam_rows are set while RUNNING.
+    num_overtakes: later sentences admitted before this one.
+    """
+
+    request: TranslationRequest
+    source_token_ids: Int32Array
+    forced_token_id: int
+    max_tokens: int
+    submitted_s: float = 0.0
+    deadline_s: float | None = None
+    status: Status = Status.WAITING
+    source_slot: int = -1
+    beam_rows: tuple[int, ...] = ()
+    is_cancelled: bool = False
+    num_overtakes: int = 0
+    admitted_s: float | None = None
+    encoded_s: float | None = None
+    finished_s: float | None = None
+
+    @property
+    def timings(self) -> Timings:
+        """Seconds waiting (from submission), in the encoder pass, and from there to the end; valid once FINISHED."""
+        end = self.finished_s if self.finished_s is not None else self.submitted_s
+        admitted = self.admitted_s if self.admitted_s is not None else end
+        encoded = self.encoded_s if self.encoded_s is not None else end
+        return Timings(admitted - self.submitted_s, encoded - admitted, end - encoded)
+
+
+class Scheduler:
+    """Owns every sentence in the engine, and the free lists. Not thread-safe: one thread calls it."""
+
+    def __init__(self, config: EngineConfig, *, clock: Clock = time.monotonic, epoch_clock: Clock = time.time) -> None:
+        self._config = config
+        self._clock = clock
+        self._epoch_clock = epoch_clock
+        self._rows = FreeList(config.max_rows)
+        self._slots = FreeList(config.max_source_slots)
+        self._waiting: dict[str, GenerationState] = {}  # by request id, in order of arrival
+        self._running: dict[int, GenerationState] = {}  # by source slot
+
+    @property
+    def num_waiting(self) -> int:
+        """Sentences not yet admitted."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sentences that hold a slot and rows."""
+        return len(self._running)
+
+    @property
+    def num_live_rows(self) -> int:
+        """Rows taken by running sentences."""
+        return self._config.max_rows - self._rows.num_free
+
+    def check(self, state: GenerationState) -> None:
+        """Raises RequestError for a sentence that could never run: too long, or more beams than rows."""
+        beam_size, num_tokens = state.request.search.beam_size, len(state.source_token_ids)
+        if beam_size > self._config.max_rows:
+            raise RequestError("invalid_option", f"beam_size {beam_size} is more than max_rows {self._config.max_rows}")
+        if num_tokens > self._config.max_source_tokens:
+            raise RequestError(
+                "source_too_long",
+                f"the source has {num_tokens} tokens with language tag and eos; at most "
+                f"{self._config.max_source_tokens} fit: split the text into sentences",
+            )
+
+    def submit(self, state: GenerationState) -> None:
+        """Queue a new sentence. Raises RequestError as `check`, or for a request_id in use; EngineFullError when
+        max_waiting sentences are queued.
+        """
+        self.check(state)
+        request = state.request
+        if self._find(request.request_id) is not None:
+            raise RequestError("invalid_option", f"request_id {request.request_id!r} is in use already")
+        if len(self._waiting) >= self._config.max_waiting:
+            raise EngineFullError(f"{len(self._waiting)} sentences are waiting (max_waiting); try again later")
+        state.submitted_s = self._clock()
+        if request.time_budget_s is not None:
+            # arrived_at_s 0 means it arrived just now; a sender's clock ahead of ours cannot lengthen the budget.
+            spent_s = max(0.0, self._epoch_clock() - request.arrived_at_s) if request.arrived_at_s else 0.0
+            state.deadline_s = state.submitted_s + request.time_budget_s - spent_s
+        self._waiting[request.request_id] = state
+
+    def cancel(self, request_id: str) -> bool:
+        """Mark a sentence; the next `withdraw` takes it out. False when it is not in the engine."""
+        state = self._find(request_id)
+        if state is None:
+            return False
+        state.is_cancelled = True
+        return True
+
+    def withdraw(self) -> list[tuple[GenerationState, FinishReason]]:
+        """Take out what was cancelled or is past its deadline; slots and rows become free."""
+        now = self._clock()
+        leaving = []
+        for state in (*self._waiting.values(), *self._running.values()):
+            if state.is_cancelled:
+                leaving.append((state, FinishReason.CANCELLED))
+            elif state.deadline_s is not None and now >= state.deadline_s:
+                leaving.append((state, FinishReason.DEADLINE))
+        for state, _ in leaving:
+            self._release(state, now)
+        return leaving
+
+    def admit(self) -> list[GenerationState]:
+        """Give slots and rows to waiting sentences, for one encoder pass of at most encode_token_budget tokens."""
+        if not self._is_worth_a_pass():
+            return []
+        admitted: list[GenerationState] = []
+        passed_over: list[GenerationState] = []
+        num_tokens = 0
+        for state in list(self._waiting.values()):
+            blocked = bool(passed_over) and passed_over[0].num_overtakes >= MAX_OVERTAKES
+            if blocked or len(passed_over) > MAX_OVERTAKES or not self._slots.num_free or not self._rows.num_free:
+                break
+            num_tokens_with = num_tokens + len(state.source_token_ids)
+            fits = state.request.search.beam_size <= self._rows.num_free
+            if not fits or num_tokens_with > self._config.encode_token_budget:
+                passed_over.append(state)
+                continue
+            num_tokens = num_tokens_with
+            self._start(state)
+            admitted.append(state)
+            for overtaken in passed_over:
+                overtaken.num_overtakes += 1
+        return admitted
+
+    def _is_worth_a_pass(self) -> bool:
+        """While everything that waits fits, it is let in at once. Under load, several sentences at a time: an encoder pass
+        of one sentence reads almost as many expert weights as one of ten.
+        """
+        if not self._running:
+            return True
+        free_rows, free_slots = self._rows.num_free, self._slots.num_free
+        num_rows = sum(state.request.search.beam_size for state in self._waiting.values())
+        if num_rows <= free_rows and len(self._waiting) <= free_slots:
+            return True
+        shares = (free_rows / self._config.max_rows, free_slots / self._config.max_source_slots)
+        return min(shares) >= MIN_FREE_SHARE
+
+    def mark_encoded(self, states: Iterable[GenerationState]) -> None:
+        """Note the end of the encoder pass of these sentences."""
+        now = self._clock()
+        for state in states:
+            state.encoded_s = now
+
+    def finish(self, source_slot: int) -> GenerationState:
+        """The sentence in this slot is done: free its slot and rows, and give it back."""
+        state = self._running[source_slot]
+        self._release(state, self._clock())
+        return state
+
+    def running(self) -> list[GenerationState]:
+        """Every sentence that holds a slot."""
+        return list(self._running.values())
+
+    def request_ids(self) -> list[str]:
+        """Every sentence in the engine, waiting or running."""
+        return [state.request.request_id for state in (*self._waiting.values(), *self._running.values())]
+
+    def _find(self, request_id: str) -> GenerationState | None:
+        if request_id in self._waiting:
+            return self._waiting[request_id]
+        return next((state for state in self._running.values() if state.request.request_id == request_id), None)
+
+    def _start(self, state: GenerationState) -> None:
+        del self._waiting[state.request.request_id]
+        (state.source_slot,) = self._slots.take(1)
+        state.beam_rows = self._rows.take(state.request.search.beam_size)
+        state.status = Status.RUNNING
+        state.admitted_s = self._clock()
+        self._running[state.source_slot] = state
+
+    def _release(self, state: GenerationState, now: float) -> None:
+        if state.status is Status.RUNNING:
+            del self._running[state.source_slot]
+            self._slots.give_back((state.source_slot,))
+            self._rows.give_back(state.beam_rows)
+        else:
+            del self._waiting[state.request.request_id]
+        state.status = Status.FINISHED
+        state.finished_s = now

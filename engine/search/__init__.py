@@ -1,0 +1,1 @@
+"""Greedy and beam search on device tensors: sees logits, never the model."""

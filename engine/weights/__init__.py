@@ -1,0 +1,1 @@
+"""Checkpoint streaming, name mapping, loading, conversion, inspection."""
