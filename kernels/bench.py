@@ -1,0 +1,110 @@
+"""Kernel benchmark: python -m kernels.bench [--ops route ...] [--quick] [--out results.json] [--plot roofline.png].
+
+Every figure is the median of CUDA-graph replays in which each call has its own inputs (and weights too large for L2 where
+weights matter). An op is checked against its plain-torch reference first; a failed check is reported and its time is not.
+floor = 2 us a launch that must exist + max(bytes really touched / measured read bandwidth, FLOPs / measured matmul rate).
+Prints a table; --out writes every row and the machine's certificate as JSON, --plot the roofline (needs matplotlib).
+--rows results.json prints and plots an earlier run again instead of measuring: no GPU needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from kernels import bench_ops
+from kernels.bench_plot import plot_roofline, read_report
+from kernels.bench_rows import Machine, Row
+from kernels.testing import graph_time_us
+from kernels.tune import certificate
+
+OPS: dict[str, Callable[[Machine, bool], Iterator[Row]]] = {
+    "expert_gemm": bench_ops.expert_gemm_rows,
+    "table1": bench_ops.table1_rows,
+    "route": bench_ops.route_rows,
+    "add_layernorm": bench_ops.add_layernorm_rows,
+}
+
+
+def measure_machine() -> Machine:
+    """Read bandwidth (sum of 4 GiB) and bf16 matmul rate (8192^3, random data) of this very GPU."""
+    big = torch.ones(1 << 31, dtype=torch.bfloat16, device="cuda")
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    read_us = graph_time_us([lambda: torch.sum(big, dtype=torch.float32)], replays=7)
+    matmul_us = graph_time_us([lambda: a @ b], replays=9)
+    return Machine(torch.cuda.get_device_name(), big.numel() * 2 / read_us * 1e6, 2 * 8192**3 / matmul_us * 1e6)
+
+
+def format_machine(machine: Machine) -> str:
+    """The head of the table: the two ceilings."""
+    return (
+        f"{machine.name}: read {machine.bytes_per_s / 1e12:.2f} TB/s, bf16 matmul {machine.flops_per_s / 1e12:.0f} TFLOP/s"
+    )
+
+
+def format_row(row: Row, machine: Machine) -> str:
+    """One line of the table."""
+    if not row.ok:
+        return f"{row.op:14} {row.case:44} CHECK FAILED: error {row.error:.2e} (limit {row.limit:.0e})"
+    rate = row.bytes_touched / row.us * 1e-3
+    anchors = "  ".join(f"{name} {us:.1f} us ({us / row.us:.2f}x)" for name, us in row.anchors_us.items())
+    share = row.floor_us(machine) / row.us
+    return f"{row.op:14} {row.case:44} {row.us:9.2f} us {rate:7.0f} GB/s {share:6.1%} of floor  {anchors}"
+
+
+def measure(ops: list[str], quick: bool) -> tuple[Machine, list[Row]]:
+    """Ceilings of this GPU and the rows of these ops, each printed as it comes."""
+    if not torch.cuda.is_available():
+        raise SystemExit("kernels.bench needs a CUDA GPU; on a CPU run `pytest tests/kernels`, or plot a report with --rows")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    machine = measure_machine()
+    print(format_machine(machine), flush=True)
+    rows = []
+    for op in ops:
+        for row in OPS[op](machine, quick):
+            rows.append(row)
+            print(format_row(row, machine), flush=True)
+    return machine, rows
+
+
+def write_report(path: Path, machine: Machine, rows: list[Row]) -> None:
+    """Every row with its floor, and the machine's certificate, as JSON."""
+    report = {
+        "certificate": certificate(machine.name),
+        "machine": dataclasses.asdict(machine),
+        "rows": [{**dataclasses.asdict(row), "floor_us": row.floor_us(machine)} for row in rows],
+    }
+    path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; exit 1 when a check failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
+    parser.add_argument("--out", type=Path, help="JSON file for all rows")
+    parser.add_argument("--plot", type=Path, help="image file for the roofline")
+    parser.add_argument("--rows", type=Path, help="JSON file of an earlier --out: measure nothing")
+    parser.add_argument("--quick", action="store_true", help="the must-show sizes only")
+    options = parser.parse_args(arguments)
+    if options.rows and options.out:
+        parser.error("--rows measures nothing that --out could write: leave one of them out")
+    if options.rows:
+        machine, rows = read_report(json.loads(options.rows.read_text(encoding="utf-8")))
+        print(format_machine(machine), *(format_row(row, machine) for row in rows), sep="\n")
+    else:
+        machine, rows = measure(options.ops, options.quick)
+    if options.out:
+        write_report(options.out, machine, rows)
+    if options.plot:
+        plot_roofline(machine, rows, options.plot)
+    return 0 if all(row.ok for row in rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,84 @@
+"""Compile every kernel for other GPUs, without one: python -m kernels.compile_check [--capabilities 75 80 89 90 100].
+
+sm_75 has no bf16 arithmetic, so it is checked in fp16; Hopper-only launch modes (L2 prefetch, fused tiles) are checked on
+sm_90 and later only. Exit 1 when a kernel does not compile or needs more shared memory than a block may have.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from kernels.cases import NLLB_54B, PAPER, PRECISIONS
+from kernels.compile_ahead import Job, compile_ahead
+from kernels.expert_gemm.jobs import ffn_jobs
+from kernels.expert_gemm.tiles import FfnTiles, default_tiles
+from kernels.launch import next_power_of_two
+
+_BLOCK_SHARED = {75: 65536, 80: 166912, 89: 101376, 90: 232448, 100: 232448}
+
+
+def jobs_for(capability: int) -> list[Job]:
+    """Everything that a device of this capability may be asked to run with its default tiles."""
+    dtype = torch.float16 if capability < 80 else torch.bfloat16
+    found: list[Job] = []
+    for shape in (PAPER, NLLB_54B):
+        for precision in PRECISIONS.values():
+            for pairs in (1, shape.num_experts * 40, shape.num_experts * 512):
+                tiles = [default_tiles(pairs, shape.num_experts, precision.group_size)]
+                if capability >= 90:
+                    tiles.append(FfnTiles(16, join=2, fused=True, prefetch=True))
+                for t in tiles:
+                    found += ffn_jobs(shape.d_model, shape.d_ff, shape.top_k, precision.bits, precision.group_size, t, dtype)
+        found += small_jobs(shape.d_model, shape.num_experts, shape.top_k, dtype)
+    return found
+
+
+def small_jobs(d_model: int, num_experts: int, top_k: int, dtype: torch.dtype) -> list[Job]:
+    """Router and layer norm."""
+    f32, i32 = torch.float32, torch.int32
+    gate = {
+        "D": d_model,
+        "E": num_experts,
+        "E_PAD": num_experts,
+        "TOP_K": top_k,
+        "BT": 16,
+        "KC": 64,
+        "SPLIT": 16,
+        "HAS_BIAS": False,
+        "HAS_ACTIVE": True,
+        "EPS": torch.finfo(dtype).eps,
+        "num_warps": 8,
+        "num_stages": 3,
+    }
+    order = {"E": num_experts, "E_PAD": num_experts, "BLOCK_TOKENS": 16, "CHUNK": 512, "num_warps": 4}
+    norm = {"D": d_model, "D_PAD": next_power_of_two(d_model), "SLOTS": top_k, "MASKED": True, "num_warps": 8}
+    return [
+        ("kernels.route.kernel", "gate_kernel", (dtype, f32, f32, torch.uint8, f32, i32, i32, f32, 320, 0.8), gate),
+        ("kernels.route.kernel", "expert_order_kernel", (*(i32,) * 8, 320, 400), order),
+        ("kernels.add_layernorm.kernel", "add_layernorm_kernel", (dtype, dtype, i32, dtype, dtype, dtype, 1e-5), norm),
+    ]
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capabilities", nargs="+", type=int, default=list(_BLOCK_SHARED), choices=list(_BLOCK_SHARED))
+    failed = 0
+    for capability in parser.parse_args().capabilities:
+        jobs = jobs_for(capability)
+        results = compile_ahead(jobs, capability)
+        for job, result in zip(jobs, results, strict=True):
+            if result.error or result.shared_bytes > _BLOCK_SHARED[capability]:
+                failed += 1
+                print(
+                    f"sm_{capability} {job[1]} {job[3]}: {result.error or f'{result.shared_bytes} bytes of shared memory'}"
+                )
+        spilling = sum(result.spill_bytes > 0 for result in results)
+        print(f"sm_{capability}: {len(jobs)} kernels, {failed} failed so far, {spilling} with spills", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

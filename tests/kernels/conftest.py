@@ -1,0 +1,23 @@
+"""Kernel tests: Triton's interpreter where there is no GPU (set before triton is imported), else bf16 and assembly."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def cpu() -> torch.device:
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter runs on machines without a GPU; here the gpu marker covers the same cases")
+    return torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return torch.device("cuda")
