@@ -1,0 +1,57 @@
+# make run    start the service on http://127.0.0.1:8000 with the demonstration model; Ctrl-C ends everything it started
+# make test   lint, types, import contracts and tests
+# make clean  remove what the two made
+#
+# Both make a virtual environment in .venv and install the versions of constraints.txt into it; the second time they only start.
+#   PORT=8001                     another port
+#   CONFIG=cluster_configs/...    another Serve YAML
+#   PYTHON=python3.12             another interpreter (3.11 or newer)
+#   PIP_ARGS="--index-url ..."    options for pip, such as an index that has the CPU build of torch (or a CUDA build)
+
+PYTHON   ?= python3
+PORT     ?= 8000
+CONFIG   ?= cluster_configs/serve/local-cpu.yaml
+PIP_ARGS ?=
+VENV     := .venv
+BIN      := $(VENV)/bin
+
+# One torch thread: two on a busy machine are many times slower.
+export OMP_NUM_THREADS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help run test clean
+
+help:
+	@awk '/^#/ { sub(/^# ?/, ""); print; next } { exit }' Makefile
+
+run: $(VENV)/.installed-run
+	@exec $(BIN)/babelephant serve $(CONFIG) --port $(PORT)
+
+test: $(VENV)/.installed-test
+	@echo "== ruff";         $(BIN)/ruff check .
+	@echo "== mypy";         $(BIN)/mypy
+	@echo "== lint-imports"; $(BIN)/lint-imports
+	@echo "== pytest";       $(BIN)/pytest --durations=15
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+# The stamps are newer than everything that decides what is installed, so that a second start installs nothing.
+$(VENV)/.installed-run: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing the service (a few minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing the service and its tests (a few minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[test]"
+	@touch $@ $(VENV)/.installed-run
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; install Python 3.11 or newer, or: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is older than 3.11; install Python 3.11 or newer, or: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)

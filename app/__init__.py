@@ -1,0 +1,1 @@
+"""The service: HTTP, Ray Serve, money. No tensors, no torch at import time."""

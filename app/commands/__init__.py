@@ -1,0 +1,1 @@
+"""Subcommands of `babelephant`, one file each; app.cli says what such a file holds."""

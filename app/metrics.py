@@ -1,0 +1,137 @@
+"""Every metric of the service: name, kind, help, labels, buckets. Nothing else defines one.
+
+They go through Ray's own exporter (`GET /metrics` relays it for all processes), which prefixes `ray_` and adds the labels
+application, deployment and replica. Durations are in seconds; counters end in `_total`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ray.serve import metrics as serve_metrics
+
+from engine.types import EngineStats, Translation, TranslationRequest
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_PAIR = ("pool", "src_lang", "tgt_lang")
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One metric as it is exported (without the `ray_` prefix)."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...]
+    buckets: tuple[float, ...] = ()
+
+    def create(self) -> Any:
+        """The live metric of this process."""
+        labels: Any = self.labels  # Ray's annotation says one label
+        if self.kind == "histogram":
+            return serve_metrics.Histogram(self.name, self.help, boundaries=list(self.buckets), tag_keys=labels)
+        kind = serve_metrics.Counter if self.kind == "counter" else serve_metrics.Gauge
+        return kind(self.name, self.help, tag_keys=labels)
+
+
+def _counter(name: str, help_text: str, *labels: str) -> MetricSpec:
+    return MetricSpec(f"babelephant_{name}_total", "counter", help_text, labels)
+
+
+def _gauge(name: str, help_text: str, *labels: str) -> MetricSpec:
+    return MetricSpec(f"babelephant_{name}", "gauge", help_text, labels)
+
+
+def _histogram(name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> MetricSpec:
+    return MetricSpec(f"babelephant_{name}", "histogram", help_text, labels, buckets)
+
+
+INGRESS_METRICS: Mapping[str, MetricSpec] = {
+    "requests": _counter("http_requests", "HTTP requests answered", "route", "status"),
+    "request_seconds": _histogram("http_request_seconds", "From request to last byte of the answer", _SECONDS, "route"),
+    "errors": _counter("errors", "Error answers by error code", "code"),
+    "texts": _histogram("request_texts", "Texts in one translate request", _TEXTS, "pool"),
+    "characters": _counter("source_characters", "Characters of texts translated", *_PAIR),
+}
+
+POOL_METRICS: Mapping[str, MetricSpec] = {
+    "sentences": _counter("sentences", "Sentences that left the engine, by reason", "pool", "finish_reason"),
+    "source_tokens": _counter("source_tokens", "Source tokens of finished sentences", *_PAIR),
+    "target_tokens": _counter("target_tokens", "Target tokens of finished sentences (best hypothesis)", *_PAIR),
+    "queue_seconds": _histogram("queue_seconds", "Time one sentence waited in the engine's queue", _SECONDS, "pool"),
+    "encode_seconds": _histogram("encode_seconds", "Time one sentence spent in its encoder pass", _SECONDS, "pool"),
+    "decode_seconds": _histogram("decode_seconds", "Time one sentence spent in decode steps", _SECONDS, "pool"),
+    "rejections": _counter("rejected_requests", "Calls refused, by reason", "pool", "reason"),
+    "cancelled": _counter("cancelled_sentences", "Sentences whose caller went away", "pool"),
+    "live_rows": _gauge("live_rows", "Beams being decoded", "pool"),
+    "max_rows": _gauge("max_rows", "Most beams that can be decoded at once", "pool"),
+    "waiting": _gauge("waiting_sentences", "Sentences in the engine's queue", "pool"),
+    "pending": _gauge("pending_sentences", "Sentences accepted and not answered yet", "pool"),
+}
+
+
+class IngressMetrics:
+    """What the ingress records."""
+
+    def __init__(self) -> None:
+        self._live = {key: spec.create() for key, spec in INGRESS_METRICS.items()}
+
+    def answered(self, route: str, status: int, seconds: float, error_code: str | None) -> None:
+        """One HTTP answer left."""
+        self._live["requests"].inc(1, tags={"route": route, "status": str(status)})
+        self._live["request_seconds"].observe(seconds, tags={"route": route})
+        if error_code is not None:
+            self._live["errors"].inc(1, tags={"code": error_code})
+
+    def translated(self, pool: str, src_lang: str, tgt_lang: str, num_texts: int, num_characters: int) -> None:
+        """One translate request succeeded."""
+        self._live["texts"].observe(num_texts, tags={"pool": pool})
+        if num_characters:
+            self._live["characters"].inc(num_characters, tags={"pool": pool, "src_lang": src_lang, "tgt_lang": tgt_lang})
+
+
+class PoolMetrics:
+    """What a replica records."""
+
+    def __init__(self, pool: str) -> None:
+        self._pool = {"pool": pool}
+        self._live = {key: spec.create() for key, spec in POOL_METRICS.items()}
+
+    def finished(self, request: TranslationRequest, translation: Translation) -> None:
+        """One sentence left the engine."""
+        pair = {**self._pool, "src_lang": request.src_lang, "tgt_lang": request.tgt_lang}
+        self._live["sentences"].inc(1, tags={**self._pool, "finish_reason": translation.finish_reason.value})
+        for key, count in (
+            ("source_tokens", translation.num_source_tokens),
+            ("target_tokens", translation.num_target_tokens),
+        ):
+            if count:
+                self._live[key].inc(count, tags=pair)
+        for key, seconds in (
+            ("queue_seconds", translation.timings.queue_s),
+            ("encode_seconds", translation.timings.encode_s),
+            ("decode_seconds", translation.timings.decode_s),
+        ):
+            self._live[key].observe(seconds, tags=self._pool)
+
+    def rejected(self, reason: str) -> None:
+        """One call was refused; reason `busy` or the code of the RequestError."""
+        self._live["rejections"].inc(1, tags={**self._pool, "reason": reason})
+
+    def cancelled(self, num_sentences: int) -> None:
+        """A caller with this many sentences went away."""
+        self._live["cancelled"].inc(num_sentences, tags=self._pool)
+
+    def level(self, stats: EngineStats, num_pending: int) -> None:
+        """Counts right now."""
+        for key, value in (
+            ("live_rows", stats.num_live_rows),
+            ("max_rows", stats.max_rows),
+            ("waiting", stats.num_waiting),
+            ("pending", num_pending),
+        ):
+            self._live[key].set(value, tags=self._pool)

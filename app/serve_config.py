@@ -1,0 +1,80 @@
+"""Serve YAML files: read, checked more strictly than Serve does, and the address they ask for."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import ServeDeploySchema
+
+from app.settings import INGRESS_NAME, PoolTuning, ServiceSettings
+
+OUR_IMPORT_PATH = "app.serve:build_app"
+
+
+class ServeConfigError(ValueError):
+    """A Serve YAML that cannot be deployed; the message names file, place and problem."""
+
+
+def load_serve_config(path: Path, *, host: str | None = None, port: int | None = None) -> ServeDeploySchema:
+    """Read and check a Serve YAML; `host` and `port` replace those of its http_options. Raises ServeConfigError."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ServeConfigError(f"{path} does not exist; cluster_configs/serve/ holds examples") from None
+    except yaml.YAMLError as error:
+        raise ServeConfigError(f"{path} is not valid YAML: {error}") from error
+    try:
+        config = ServeDeploySchema.model_validate(raw)
+        if problems := [*unknown_keys(ServeDeploySchema, raw), *_deployment_problems(config)]:
+            raise ServeConfigError(f"{path}: {'; '.join(problems)}")
+    except ValidationError as error:
+        raise ServeConfigError(f"{path}: {error}") from error
+    options = config.http_options.model_copy(
+        update={key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    )
+    return config.model_copy(update={"http_options": options})
+
+
+def unknown_keys(model: type[BaseModel], data: Any, path: str = "") -> list[str]:
+    """Keys of `data` that `model` does not know, at any depth: Serve itself ignores misspelt ones."""
+    problems: list[str] = []
+    for key, value in data.items() if isinstance(data, dict) else ():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in model.model_fields:
+            problems.append(f"{where} is not a Serve setting")
+        elif (inner := _inner_model(model.model_fields[key].annotation)) is not None:
+            for index, item in enumerate(value if isinstance(value, list) else [value]):
+                problems += unknown_keys(inner, item, f"{where}[{index}]" if isinstance(value, list) else where)
+    return problems
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside an annotation such as `list[Model] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in typing.get_args(annotation) if (found := _inner_model(part))), None)
+
+
+def _deployment_problems(config: ServeDeploySchema) -> list[str]:
+    """What Serve would notice late or never: autoscaling values, our own args, deployments that the app does not have."""
+    problems = []
+    for application in config.applications:
+        for deployment in application.deployments:
+            if isinstance(deployment.autoscaling_config, dict):
+                AutoscalingConfig.model_validate(deployment.autoscaling_config)
+        if application.import_path == OUR_IMPORT_PATH:
+            pools = ServiceSettings.model_validate(application.args).pools
+            problems += [
+                f"deployment {deployment.name!r} is neither the ingress nor a pool ({', '.join(pools)})"
+                for deployment in application.deployments
+                if deployment.name not in (*pools, INGRESS_NAME)
+            ]
+            for deployment in application.deployments:
+                if isinstance(deployment.user_config, dict):
+                    PoolTuning.model_validate(deployment.user_config)
+    return problems

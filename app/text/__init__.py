@@ -1,0 +1,1 @@
+"""Text in, text out: languages and line structure. No HTTP, no torch."""

@@ -1,0 +1,1 @@
+"""Load tests: a stranger to our code, it speaks HTTP only. `python -m loadtest --help` teaches the command."""

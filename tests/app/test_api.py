@@ -1,0 +1,346 @@
+"""The HTTP API over fakes: answers, and every error in the one shape."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import tracemalloc
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from app.errors import ERRORS
+from tests.app.conftest import Service
+from tests.app.fakes import LANGUAGES, FakeTranslator
+
+Make = Callable[..., Service]
+GOOD = {"source_lang": "en", "target_lang": "de", "texts": ["good day"]}
+
+
+def call(service: Service, *requests: dict[str, Any]) -> list[httpx.Response]:
+    """Send requests one after another."""
+
+    async def scenario() -> list[httpx.Response]:
+        async with service.client() as client:
+            return [await client.request(**request) for request in requests]
+
+    return asyncio.run(scenario())
+
+
+def translate(service: Service, **fields: Any) -> httpx.Response:
+    return call(service, {"method": "POST", "url": "/v1/translate", "json": {**GOOD, **fields}})[0]
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error, after checking the shape and that status and code belong together."""
+    body = response.json()
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) <= {"code", "message", "details", "request_id"}
+    assert error["message"]
+    assert error["request_id"] == response.headers["x-request-id"]
+    assert response.status_code == ERRORS[error["code"]][0]
+    assert response.headers["content-type"] == "application/json"
+    return error
+
+
+def test_translations_in_order_with_counts_timings_and_headers(make_service: Make) -> None:
+    service = make_service()
+    response = translate(service, texts=["one two three", "", "  \n ", "four", "a b\n\n  c\r\n"], source_lang="EN_us")
+    assert response.status_code == 200
+    body = response.json()
+    assert [t["text"] for t in body["translations"]] == ["ONE TWO THREE", "", "", "FOUR", "A B\n\n  C\r\n"]
+    assert (body["source_lang"], body["target_lang"], body["pool"]) == ("eng_Latn", "deu_Latn", "main")
+    assert body["request_id"] == response.headers["x-request-id"]
+    first, empty, _, _, lines = body["translations"]
+    assert (first["source_tokens"], first["target_tokens"], first["finish_reason"]) == (5, 5, "eos")
+    assert first["timings"] == {"queue_ms": 3.0, "encode_ms": 2.0, "decode_ms": 3.0}
+    assert (empty["score"], empty["finish_reason"], empty["target_tokens"]) == (None, "empty", 0)
+    assert (lines["source_tokens"], lines["timings"]["queue_ms"]) == (4 + 3, 2.0)  # sum of tokens, slowest line
+    assert "hypotheses" not in first
+    timing = dict(part.strip().split(";dur=") for part in response.headers["server-timing"].split(","))
+    assert set(timing) == {"queue", "encode", "decode", "total"}
+    assert float(timing["queue"]) == 3.0
+
+
+def test_one_pool_call_carries_all_sentences_and_blank_ones_never_leave(make_service: Make) -> None:
+    service = make_service()
+    translate(service, texts=["a\nb", "", "c"], beam_size=2, length_penalty=0.5, early_stopping="never", max_target_tokens=9)
+    (sent,) = service.pools["main"].calls
+    assert [request.source_text for request in sent] == ["a", "b", "c"]
+    assert len({request.request_id for request in sent}) == 3
+    search = sent[0].search
+    assert (search.beam_size, search.length_penalty, search.early_stopping, search.max_target_tokens) == (2, 0.5, "never", 9)
+    assert sent[0].time_budget_s == 20
+    assert translate(service, texts=["", " "]).json()["translations"][1]["text"] == ""
+    assert len(service.pools["main"].calls) == 1
+
+
+def test_default_beam_size_is_the_services(make_service: Make) -> None:
+    service = make_service()
+    translate(service, timeout_s=2.5)
+    assert service.pools["main"].calls[0][0].search.beam_size == 3
+    assert service.pools["main"].calls[0][0].time_budget_s == 2.5
+
+
+def test_pair_decides_the_pool(make_service: Make) -> None:
+    service = make_service()
+    assert translate(service, target_lang="ja").json()["pool"] == "asia"
+    assert translate(service, target_lang="fr").json()["pool"] == "main"
+    assert [len(service.pools[name].calls) for name in ("asia", "main")] == [1, 1]
+
+
+def test_hypotheses_join_line_by_line_and_average_by_tokens(make_service: Make) -> None:
+    body = translate(make_service(), texts=["a b\nc"], num_hypotheses=2, beam_size=3).json()["translations"][0]
+    assert [h["text"] for h in body["hypotheses"]] == ["A B\nC", "A B!\nC!"]
+    assert body["hypotheses"][1]["score"] == pytest.approx(-1.5)
+    assert body["text"] == body["hypotheses"][0]["text"]
+
+
+def test_cut_line_shows_in_finish_reason(make_service: Make) -> None:
+    assert translate(make_service(), texts=["a\ncut"]).json()["translations"][0]["finish_reason"] == "length"
+
+
+def test_request_id_of_the_client_is_kept_and_may_be_reused(make_service: Make) -> None:
+    service = make_service()
+    headers = {"X-Request-ID": "mine 42"}
+    request = {"method": "POST", "url": "/v1/translate", "json": GOOD, "headers": headers}
+
+    async def scenario() -> list[httpx.Response]:
+        async with service.client() as client:
+            return await asyncio.gather(*(client.request(**request) for _ in range(3)))
+
+    for response in asyncio.run(scenario()):
+        assert response.headers["x-request-id"] == response.json()["request_id"] == "mine 42"
+    failed = call(service, {"method": "GET", "url": "/nope", "headers": headers})[0]
+    assert error_of(failed)["request_id"] == "mine 42"
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "named"),
+    [
+        ({"texts": []}, "invalid_request", "texts"),
+        ({"texts": "one text"}, "invalid_request", "texts"),
+        ({"texts": [1]}, "invalid_request", "texts.0"),
+        ({"texts": ["a"] * 6}, "invalid_request", "5"),
+        ({"texts": None}, "invalid_request", "texts"),
+        ({"source_language": "en"}, "invalid_request", "source_language"),
+        ({"beam_size": 0}, "invalid_request", "beam_size"),
+        ({"beam_size": "4"}, "invalid_request", "beam_size"),
+        ({"beam_size": 99}, "invalid_request", "beam_size"),
+        ({"beam_size": 1, "num_hypotheses": 2}, "invalid_option", "num_hypotheses"),
+        ({"early_stopping": "sometimes"}, "invalid_request", "early_stopping"),
+        ({"timeout_s": 0}, "invalid_request", "timeout_s"),
+        ({"timeout_s": 31}, "invalid_request", "30"),
+        ({"source_lang": "xx"}, "unknown_language", "xx"),
+        ({"target_lang": ""}, "unknown_language", "''"),
+        ({"target_lang": "en-GB"}, "invalid_request", "eng_Latn"),
+        ({"source_lang": "de", "target_lang": "fr"}, "unsupported_pair", "eng_Latn-*"),
+        ({"target_lang": "sw"}, "unsupported_language", "swh_Latn"),
+        ({"texts": ["ok", "x" * 201]}, "text_too_long", "text 1 has 201 characters; at most 200"),
+        ({"texts": ["a\n" * 9]}, "too_many_sentences", "8"),
+        ({"texts": ["fine", "fine\n" + "w " * 21]}, "source_too_long", "text 1, line 1"),
+    ],
+)
+def test_unprocessable_requests(make_service: Make, fields: dict[str, Any], code: str, named: str) -> None:
+    response = translate(make_service(), **fields)
+    assert response.status_code == 422
+    error = error_of(response)
+    assert error["code"] == code
+    assert named in error["message"]
+
+
+def test_details_help_a_program(make_service: Make) -> None:
+    service = make_service()
+    assert error_of(translate(service, texts=["a", "w " * 21]))["details"] == {"index": 1, "line": 0, "limit": 512}
+    assert error_of(translate(service, texts=["", "y" * 201]))["details"] == {"index": 1, "limit": 200}
+    assert error_of(translate(service, target_lang="sw"))["details"]["supported_languages"] == sorted(LANGUAGES)
+    pairs = error_of(translate(service, source_lang="fr", target_lang="de"))["details"]["supported_pairs"]
+    assert pairs == ["*-eng_Latn", "eng_Latn-*", "eng_Latn-jpn_Jpan"]
+    fields = error_of(translate(service, texts=[3], beam_size="x"))["details"]["fields"]
+    assert [field["field"] for field in fields] == ["texts.0", "beam_size"]
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "content", "headers", "code"),
+    [
+        ("POST", "/v1/translate", b"{not json", JSON, "invalid_json"),
+        ("POST", "/v1/translate", b"", JSON, "invalid_request"),
+        ("POST", "/v1/translate", b"[1]", JSON, "invalid_request"),
+        ("POST", "/v1/translate", b'{"texts": ["\xff"]}', JSON, "invalid_json"),
+        ("POST", "/v1/translate", b"[" * 10_000, JSON, "invalid_json"),
+        ("POST", "/v1/translate", b'{"source_lang":"en","target_lang":"de","texts":["\\ud800"]}', JSON, "invalid_request"),
+        ("POST", "/v1/translate", b'{"source_lang":"\\udfff","target_lang":"de","texts":["a"]}', JSON, "invalid_request"),
+        ("POST", "/v1/translate", b'{"\\udfff": 1}', JSON, "invalid_request"),
+        ("POST", "/v1/translate", b'{"source_lang":"en","target_lang":"de","texts":["a"],"length_penalty":NaN}', JSON,
+         "invalid_request"),
+        ("POST", "/v1/translate", json.dumps(GOOD).encode(), {"Content-Type": "text/plain"}, "unsupported_media_type"),
+        ("POST", "/v1/translate", json.dumps(GOOD).encode(), {}, "unsupported_media_type"),
+        ("POST", "/v1/translate", b"x" * 20_001, JSON, "body_too_large"),
+        ("GET", "/v1/translate", b"", {}, "method_not_allowed"),
+        ("DELETE", "/livez", b"", {}, "method_not_allowed"),
+        ("GET", "/", b"", {}, "not_found"),
+        ("GET", "/v1/translate/", b"", {}, "not_found"),
+        ("GET", "/../etc/passwd", b"", {}, "not_found"),
+        ("GET", "/metrics", b"", {}, "metrics_unavailable"),
+    ],
+)
+def test_everything_else_that_can_go_wrong(
+    make_service: Make, method: str, url: str, content: bytes, headers: dict[str, str], code: str
+) -> None:
+    response = call(make_service(), {"method": method, "url": url, "content": content, "headers": headers})[0]
+    assert error_of(response)["code"] == code
+    if code == "method_not_allowed":
+        assert response.headers["allow"]
+
+
+def test_json_subtypes_and_charset_are_fine(make_service: Make) -> None:
+    for media_type in ("application/json; charset=utf-8", "application/vnd.api+json", "Application/JSON"):
+        headers = {"Content-Type": media_type}
+        request = {"method": "POST", "url": "/v1/translate", "content": json.dumps(GOOD), "headers": headers}
+        assert call(make_service(), request)[0].status_code == 200
+
+
+@pytest.mark.parametrize("length", [(), ((b"content-length", b"10000000"),)])
+def test_large_body_is_thrown_away_as_it_comes_and_an_endless_one_is_given_up(make_service: Make, length: Any) -> None:
+    service = make_service()
+    answers: list[dict[str, Any]] = []
+    num_chunks = 0
+    chunk = b"x" * 1_000_000
+
+    async def receive() -> dict[str, Any]:
+        nonlocal num_chunks
+        num_chunks += 1
+        return {"type": "http.request", "body": chunk, "more_body": True}
+
+    async def send(message: Any) -> None:
+        answers.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/translate", "raw_path": b"/v1/translate", "query_string": b"",
+        "headers": [*length, (b"content-type", b"application/json")], "http_version": "1.1",
+        "scheme": "http", "server": ("service", 80), "client": ("me", 1), "root_path": "",
+    }  # fmt: skip
+    tracemalloc.start()
+    asyncio.run(service.api(scope, receive, send))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert answers[0]["status"] == 413
+    assert json.loads(answers[1]["body"])["error"]["code"] == "body_too_large"
+    assert num_chunks <= 40
+    assert peak_bytes < 5_000_000
+
+
+def test_slow_sender_of_a_large_body_is_answered(make_service: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.middleware._MAX_DISCARD_S", 0.05)
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"x" * 30_000
+        await asyncio.sleep(60)
+        yield b"x"
+
+    request = {"method": "POST", "url": "/v1/translate", "content": slow(), "headers": JSON}
+    assert error_of(call(make_service(), request)[0])["code"] == "body_too_large"
+
+
+def test_full_pool_answers_busy_with_retry_after(make_service: Make) -> None:
+    engine = FakeTranslator(max_rows=1, max_waiting=2)
+    service = make_service(main=engine, http={"retry_after_s": 7})
+    response = translate(service, texts=["a", "b", "c", "d"])
+    assert error_of(response)["code"] == "busy"
+    assert (response.status_code, response.headers["retry-after"]) == (503, "7")
+    assert not engine.has_work
+    assert translate(service).status_code == 200
+
+
+def test_deadline_gives_504_and_frees_the_engine(make_service: Make) -> None:
+    engine = FakeTranslator(step_s=0.001)
+    response = translate(make_service(main=engine), texts=["forever", "a"], timeout_s=0.2)
+    assert error_of(response)["code"] == "deadline_exceeded"
+    assert response.status_code == 504
+    give_up = time.monotonic() + 5
+    while engine.has_work and time.monotonic() < give_up:  # the engine's thread notices between two steps
+        time.sleep(0.002)
+    assert not engine.has_work
+
+
+def test_deadline_noticed_by_the_engine_is_504_too(make_service: Make) -> None:
+    assert error_of(translate(make_service(), texts=["late"]))["code"] == "deadline_exceeded"
+
+
+def test_sentence_that_fails_is_500(make_service: Make) -> None:
+    assert error_of(translate(make_service(), texts=["fine", "error"]))["code"] == "engine_failed"
+
+
+def test_engine_that_dies_is_500_and_then_not_ready(make_service: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("threading.Timer.start", lambda self: None)  # the replica would end this process
+    service = make_service()
+    assert error_of(translate(service, texts=["boom"]))["code"] == "engine_failed"
+
+
+def test_unexpected_exception_is_500_without_leaking(make_service: Make) -> None:
+    service = make_service()
+
+    async def broken(*args: Any) -> None:
+        raise ZeroDivisionError("secret")
+
+    service.pools["main"].translate = broken  # type: ignore[method-assign]
+    error = error_of(translate(service))
+    assert error["code"] == "internal"
+    assert "secret" not in json.dumps(error)
+
+
+def test_languages(make_service: Make) -> None:
+    body = call(make_service(), {"method": "GET", "url": "/v1/languages"})[0].json()
+    assert [language["code"] for language in body["languages"]] == ["en", "fr", "de", "ja"]  # by English name
+    assert body["languages"][2] == {"code": "de", "flores": "deu_Latn", "name": "German"}
+    assert [(pool["name"], pool["pairs"]) for pool in body["pools"]] == [("main", ["en-*", "*-en"]), ("asia", ["en-ja"])]
+
+
+def test_health_status_and_docs(make_service: Make) -> None:
+    service = make_service()
+    gets = [{"method": "GET", "url": url} for url in ("/livez", "/readyz", "/v1/status", "/docs", "/openapi.json")]
+    livez, readyz, status, docs, openapi = call(service, *gets)
+    assert livez.json() == readyz.json() == {"status": "ok"}
+    replica = status.json()["pools"][1]["replicas"][0]
+    assert (replica["replica_id"], replica["max_rows"], replica["num_running"]) == ("local", 4, 0)
+    assert "swagger" in docs.text.lower()
+    assert set(openapi.json()["paths"]) == {
+        "/v1/translate", "/v1/languages", "/v1/status", "/livez", "/readyz", "/metrics",
+    }  # fmt: skip
+
+
+def test_not_ready_while_a_pool_does_not_answer(make_service: Make) -> None:
+    service = make_service()
+    service.pools["asia"].replica._thread.stop(drain_s=1)
+
+    async def unavailable() -> None:
+        from app.errors import ServiceError
+
+        raise ServiceError("pool_unavailable", "pool asia does not answer")
+
+    service.pools["asia"].status = unavailable  # type: ignore[assignment,method-assign]
+    livez, readyz = call(service, {"method": "GET", "url": "/livez"}, {"method": "GET", "url": "/readyz"})
+    assert livez.status_code == 200
+    assert error_of(readyz)["code"] == "not_ready"
+    assert "asia" in readyz.json()["error"]["message"]
+
+
+def test_cors_is_off_unless_configured(make_service: Make) -> None:
+    preflight = {
+        "method": "OPTIONS",
+        "url": "/v1/translate",
+        "headers": {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"},
+    }
+    assert error_of(call(make_service(), preflight)[0])["code"] == "method_not_allowed"
+    service = make_service(http={"cors_allow_origins": ["https://a.example"]})
+    allowed = call(service, preflight)[0]
+    assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+    other = {**preflight, "headers": {**preflight["headers"], "Origin": "https://b.example"}}
+    assert error_of(call(service, other)[0])["code"] == "cors_refused"

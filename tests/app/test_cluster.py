@@ -1,0 +1,203 @@
+"""The whole path, once: `babelephant serve` with two pools on a real Ray cluster, requests over HTTP, a clean end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from app.local_cluster import free_ports
+from app.metrics import INGRESS_METRICS, POOL_METRICS
+from tests.engine.tiny import make_tiny_checkpoint
+from tests.engine.tiny_tokenizer import write_tiny_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Served:
+    """A running `babelephant serve`."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str, ready_line: str) -> None:
+        self.process = process
+        self.url = url
+        self.ready_line = ready_line
+
+    def request(self, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json", **headers})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, dict(response.headers), response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, dict(error.headers), error.read()
+
+    def translate(self, source: str, target: str, *texts: str, **options: Any) -> dict[str, Any]:
+        body = {"source_lang": source, "target_lang": target, "texts": texts, "max_target_tokens": 8, **options}
+        status, _, answer = self.request("/v1/translate", body)
+        assert status == 200, answer
+        return json.loads(answer)
+
+
+def session_processes(group: int) -> set[int]:
+    """Processes of a session that are alive; the server is started in a session of its own."""
+    pids = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[3]) == group and fields[0] != "Z":
+            pids.add(int(stat.parent.name))
+    return pids
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    directory = tmp_path_factory.mktemp("cluster")
+    checkpoint = write_tiny_tokenizer(make_tiny_checkpoint(directory, seed=3, eos_bias=-30.0))  # ends at the limit only
+    raw = yaml.safe_load((REPOSITORY / "cluster_configs/serve/two-pools.yaml").read_text())
+    args = raw["applications"][0]["args"]
+    args["pools"]["main"].update(pairs=["*-*"], precision="fp32")
+    args["pools"]["asia"].update(pairs=["en-fr"], precision="w8a16")
+    args["http"] = {"max_body_bytes": 100_000}
+    config = directory / "serve.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    (port,) = free_ports(1)
+    environment = {**os.environ, "BABELEPHANT_CHECKPOINT": str(checkpoint), "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "app.cli", "serve", str(config), "--port", str(port), "--timeout", "100"]
+    log = (directory / "log").open("w")
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True
+    )
+    assert process.stdout is not None
+    ready_line = next((line for line in iter(process.stdout.readline, "") if " is ready on " in line), None)
+    assert ready_line is not None, (directory / "log").read_text()
+    yield Served(process, f"http://127.0.0.1:{port}", ready_line)
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    log.close()
+
+
+def test_two_pools_over_http(served: Served) -> None:
+    german = served.translate("en", "de", "the tin", "", "an\nhen")
+    french = served.translate("en", "fr", "the tin")
+    assert (german["pool"], french["pool"]) == ("main", "asia")
+    assert [t["finish_reason"] for t in german["translations"]][1] == "empty"
+    assert german["translations"][2]["text"].count("\n") == 1
+    again = served.translate("eng_Latn", "deu_Latn", "hen", "the tin", beam_size=4)
+    assert again["translations"][1]["text"] == german["translations"][0]["text"]  # batch mates change nothing
+
+
+def test_headers_and_errors_through_serves_proxy(served: Served) -> None:
+    status, headers, _ = served.request("/livez", **{"X-Request-ID": "mine"})
+    assert (status, headers["x-request-id"]) == (200, "mine")
+    good = {"source_lang": "en", "target_lang": "de", "texts": ["a"]}
+    cases = [
+        ("/v1/translate", b"{", 400, "invalid_json"),
+        ("/v1/translate", {**good, "target_lang": "xx"}, 422, "unknown_language"),
+        ("/v1/translate", {**good, "target_lang": "ja"}, 422, "unsupported_language"),
+        ("/v1/translate", {**good, "texts": []}, 422, "invalid_request"),
+        ("/v1/translate", {**good, "timeout_s": 1e-6}, 504, "deadline_exceeded"),
+        ("/v1/translate", b"x" * 10_000_000, 413, "body_too_large"),
+        ("/nope", None, 404, "not_found"),
+        ("/livez", b"{}", 405, "method_not_allowed"),
+    ]
+    for path, body, expected, code in cases:
+        status, headers, answer = served.request(path, body)
+        error = json.loads(answer)["error"]
+        assert (status, error["code"]) == (expected, code)
+        assert error["request_id"] == headers["x-request-id"]
+
+
+def test_client_that_hangs_up_frees_the_engine(served: Served) -> None:
+    body = json.dumps(
+        {"source_lang": "en", "target_lang": "de", "texts": ["the hen in the tin " * 20] * 100, "beam_size": 8}
+    ).encode()
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = ["POST /v1/translate HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+        connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
+        wait_until(lambda: load(served) > 0)
+    wait_until(lambda: load(served) == 0)
+    wait_until(lambda: sample(served, "ray_babelephant_cancelled_sentences_total", pool="main") == 100)
+
+
+def load(served: Served) -> int:
+    """Sentences in the main pool's engine."""
+    pools = {pool["name"]: pool["replicas"] for pool in json.loads(served.request("/v1/status")[2])["pools"]}
+    return sum(replica["num_waiting"] + replica["num_running"] for replica in pools["main"])
+
+
+def sample(served: Served, name: str, **labels: str) -> float:
+    """Value of one metric on /metrics; 0 while it is not there."""
+    families = text_string_to_metric_families(served.request("/metrics")[2].decode())
+    samples = [s for family in families for s in family.samples if s.name == name]
+    return sum(s.value for s in samples if labels.items() <= s.labels.items())
+
+
+def wait_until(condition: Any, timeout_s: float = 20.0) -> None:
+    give_up = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < give_up, "timed out"
+        time.sleep(0.05)
+
+
+def test_concurrent_requests_all_come_back(served: Served) -> None:
+    with ThreadPoolExecutor(16) as clients:
+        targets = ["de", "fr"] * 24
+        answers = list(clients.map(lambda target: served.translate("en", target, "the tin", "hen"), targets))
+    assert {answer["pool"] for answer in answers} == {"main", "asia"}
+    assert len({answer["translations"][0]["text"] for answer in answers if answer["pool"] == "main"}) == 1
+
+
+def test_metrics_of_all_processes(served: Served) -> None:
+    """Every metric that one successful, one failed and one cancelled request can move is on the page, with our labels."""
+    served.translate("en", "de", "the tin")
+    expected = {spec.name for spec in (*INGRESS_METRICS.values(), *POOL_METRICS.values())}
+    expected -= {POOL_METRICS["rejections"].name, POOL_METRICS["cancelled"].name}
+
+    def exported() -> set[str]:
+        families = text_string_to_metric_families(served.request("/metrics")[2].decode())
+        return {sample.name.removeprefix("ray_") for family in families for sample in family.samples}
+
+    def complete() -> bool:
+        names = {re.sub(r"_(bucket|count|sum)$", "", name) for name in exported()}
+        return expected <= names
+
+    wait_until(complete)
+
+
+def test_ready_line_holds_a_request_that_can_be_pasted(served: Served) -> None:
+    curl = served.ready_line.partition("Try: ")[2]
+    assert curl.startswith(f"curl -s {served.url}/v1/translate ")
+    body = re.search(r"-d '(.*)'", curl)
+    assert body is not None
+    assert served.request("/v1/translate", body.group(1).encode())[0] in (200, 422)  # 422: the tiny tokenizer is lower case
+
+
+def test_interrupt_ends_everything_with_status_0(served: Served) -> None:
+    """Last in this file: Ctrl-C reaches the whole foreground process group, as a terminal would send it."""
+    before = session_processes(served.process.pid)
+    assert len(before) > 5
+    os.killpg(served.process.pid, signal.SIGINT)
+    assert served.process.wait(60) == 0
+    wait_until(lambda: not session_processes(served.process.pid), 15)
+    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), timeout=1):
+        pass

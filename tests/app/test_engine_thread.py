@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from app.engine_thread import EngineDeadError, EngineFailedError, EngineThread, RefusedError
+from engine.types import EngineFullError, TranslationRequest
+from tests.app.fakes import FakeTranslator
+
+
+def requests(*texts: str, prefix: str = "r") -> list[TranslationRequest]:
+    return [TranslationRequest(f"{prefix}{i}", text, "eng_Latn", "deu_Latn") for i, text in enumerate(texts)]
+
+
+async def eventually(condition: object, timeout_s: float = 5.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0.002)
+
+
+def run(scenario: object) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 20))  # type: ignore[operator]
+
+
+def test_results_keep_the_order_of_requests_and_only_one_thread_touches_the_engine() -> None:
+    async def scenario() -> None:
+        engine = FakeTranslator(max_rows=2, max_waiting=100)
+        thread = EngineThread(engine, max_pending=100)
+        jobs = [thread.translate(requests("a b c d", "a", "a b", prefix=f"{j}-")) for j in range(5)]
+        for j, translations in enumerate(await asyncio.gather(*jobs)):
+            assert [t.request_id for t in translations] == [f"{j}-{i}" for i in range(3)]
+            assert [t.text for t in translations] == ["A B C D", "A", "A B"]
+        assert engine.threads == {"engine"}
+        assert thread.num_pending == 0
+        assert await thread.translate([]) == ()
+        assert thread.stop(5)
+
+    run(scenario)
+
+
+def test_event_loop_stays_free_while_the_engine_is_in_a_step() -> None:
+    async def scenario() -> None:
+        engine = FakeTranslator()
+        engine.gate.clear()
+        thread = EngineThread(engine, max_pending=8)
+        task = asyncio.create_task(thread.translate(requests("a")))
+        for _ in range(50):
+            await asyncio.sleep(0)  # would hang here if translate blocked the loop
+        assert not task.done()
+        engine.gate.set()
+        assert (await task)[0].text == "A"
+        thread.stop(5)
+
+    run(scenario)
+
+
+def test_cancelling_the_caller_frees_its_rows_and_nobody_elses() -> None:
+    async def scenario() -> None:
+        engine = FakeTranslator(max_rows=2)
+        thread = EngineThread(engine, max_pending=8)
+        hung_up = asyncio.create_task(thread.translate(requests("forever", "forever", "forever", prefix="x")))
+        other = asyncio.create_task(thread.translate(requests("a b")))
+        await eventually(lambda: len(engine.running) == 2)
+        assert not other.done()  # both rows are taken
+        hung_up.cancel()
+        assert [t.text for t in await other] == ["A B"]
+        assert sorted(engine.cancelled) == ["x0", "x1", "x2"]
+        assert not engine.has_work
+        assert thread.num_pending == 0
+        with pytest.raises(asyncio.CancelledError):
+            await hung_up
+        thread.stop(5)
+
+    run(scenario)
+
+
+def test_cancel_takes_effect_within_one_step() -> None:
+    async def scenario() -> None:
+        engine = FakeTranslator()
+        thread = EngineThread(engine, max_pending=8)
+        task = asyncio.create_task(thread.translate(requests("forever")))
+        await eventually(lambda: engine.running)
+        engine.gate.clear()
+        await asyncio.sleep(0.02)  # the thread is inside a step now
+        task.cancel()
+        await asyncio.sleep(0.02)
+        steps = engine.num_steps
+        engine.gate.set()
+        await eventually(lambda: thread.num_pending == 0)
+        assert engine.num_steps <= steps + 1
+        thread.stop(5)
+
+    run(scenario)
+
+
+def test_cancelled_before_admission_never_reaches_the_engine() -> None:
+    async def scenario() -> None:
+        engine = FakeTranslator()
+        thread = EngineThread(engine, max_pending=8)
+        engine.gate.clear()
+        first = asyncio.create_task(thread.translate(requests("a", prefix="first")))
+        await eventually(lambda: engine.has_work)
+        second = asyncio.create_task(thread.translate(requests("b", prefix="second")))
+        await asyncio.sleep(0.02)
+        second.cancel()
+        await asyncio.sleep(0)
+        engine.gate.set()
+        await first
+        await eventually(lambda: thread.num_pending == 0)
+        assert not any(request_id.startswith("second") for request_id in engine.cancelled)
+        thread.stop(5)
+
+    run(scenario)
+
+
+def test_full_queue_is_refused_at_once_and_a_burst_over_the_engines_queue_leaves_nothing_behind() -> None:
+    async def scenario() -> None:
+        engine = FakeTranslator(max_rows=1, max_waiting=3)
+        thread = EngineThread(engine, max_pending=6)
+        engine.gate.clear()
+        running = asyncio.create_task(thread.translate(requests("a", prefix="a")))
+        await eventually(lambda: engine.has_work)
+        with pytest.raises(EngineFullError):  # by the thread's own count, while the engine is stuck in a step
+            await asyncio.wait_for(thread.translate(requests(*"abcdef", prefix="b")), 1)
+        burst = asyncio.create_task(thread.translate(requests(*"abcde", prefix="c")))  # by the engine: 3 fit
+        await asyncio.sleep(0.02)
+        engine.gate.set()
+        with pytest.raises(EngineFullError):
+            await burst
+        await running
+        assert not engine.has_work
+        assert thread.num_pending == 0
+        assert [t.text for t in await thread.translate(requests("ok", prefix="d"))] == ["OK"]
+        thread.stop(5)
+
+    run(scenario)
+
+
+def test_bad_request_is_named_and_its_job_mates_are_withdrawn() -> None:
+    async def scenario() -> None:
+        engine = FakeTranslator()
+        thread = EngineThread(engine, max_pending=8)
+        with pytest.raises(RefusedError) as refused:
+            await thread.translate(requests("forever", "word " * 21, "c"))
+        assert (refused.value.index, refused.value.error.code) == (1, "source_too_long")
+        assert engine.cancelled == ["r0"]
+        assert not engine.has_work
+        assert thread.num_pending == 0
+        thread.stop(5)
+
+    run(scenario)
+
+
+def test_engine_fault_fails_everybody_and_the_health_check() -> None:
+    async def scenario() -> None:
+        died = threading.Event()
+        engine = FakeTranslator(max_rows=8)
+        thread = EngineThread(engine, max_pending=8, on_death=died.set)
+        thread.check(stuck_after_s=60)
+        mate = asyncio.create_task(thread.translate(requests("forever", prefix="mate")))
+        await eventually(lambda: engine.running)
+        with pytest.raises(EngineFailedError, match="device lost"):
+            await thread.translate(requests("boom"))
+        with pytest.raises(EngineFailedError, match="device lost"):
+            await mate
+        with pytest.raises(EngineDeadError):
+            await thread.translate(requests("late comer"))
+        with pytest.raises(EngineDeadError, match="device lost"):
+            thread.check(stuck_after_s=60)
+        assert died.is_set()
+
+    run(scenario)
+
+
+def test_fault_inside_submit_does_not_lose_the_job() -> None:
+    class Broken(FakeTranslator):
+        def submit(self, request: TranslationRequest) -> None:
+            raise MemoryError("no room")
+
+    async def scenario() -> None:
+        thread = EngineThread(Broken(), max_pending=8)
+        with pytest.raises(EngineFailedError, match="no room"):
+            await thread.translate(requests("a", "b"))
+
+    run(scenario)
+
+
+def test_stuck_engine_fails_the_health_check_until_it_moves_again() -> None:
+    async def scenario() -> None:
+        engine = FakeTranslator()
+        thread = EngineThread(engine, max_pending=8)
+        engine.gate.clear()
+        task = asyncio.create_task(thread.translate(requests("a")))
+        await asyncio.sleep(0.1)
+        thread.check(stuck_after_s=60)
+        with pytest.raises(EngineDeadError, match="in one step"):
+            thread.check(stuck_after_s=0.01)
+        engine.gate.set()
+        await task
+        await eventually(lambda: not engine.has_work)
+        await asyncio.sleep(0.02)
+        thread.check(stuck_after_s=0.01)
+        thread.stop(5)
+
+    run(scenario)
+
+
+def test_stop_drains_what_was_accepted_and_refuses_the_rest() -> None:
+    async def scenario() -> None:
+        engine = FakeTranslator(step_s=0.01)
+        thread = EngineThread(engine, max_pending=8)
+        accepted = asyncio.create_task(thread.translate(requests("a b c d e")))
+        await eventually(lambda: engine.running)
+        stopping = asyncio.create_task(asyncio.to_thread(thread.stop, 5))
+        await asyncio.sleep(0.01)
+        with pytest.raises(EngineDeadError):
+            await thread.translate(requests("x", prefix="x"))
+        assert (await accepted)[0].text == "A B C D E"
+        assert await stopping is True
+
+    run(scenario)
+
+
+def test_stop_gives_up_what_does_not_finish_in_time() -> None:
+    async def scenario() -> None:
+        engine = FakeTranslator(step_s=0.001)
+        thread = EngineThread(engine, max_pending=8)
+        task = asyncio.create_task(thread.translate(requests("forever")))
+        await eventually(lambda: engine.running)
+        assert await asyncio.to_thread(thread.stop, 0.05) is False
+        with pytest.raises(EngineFailedError, match="stopped"):
+            await task
+
+    run(scenario)

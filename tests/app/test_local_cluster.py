@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+
+import pytest
+
+from app.local_cluster import LocalClusterError, _interrupts_held_back, free_ports, prepare_environment, require_free_port
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupts_take_effect_after_the_block_not_in_it(signum: signal.Signals) -> None:
+    before = signal.getsignal(signum)
+    finished = False
+    with pytest.raises(KeyboardInterrupt), _interrupts_held_back():
+        signal.raise_signal(signum)
+        signal.raise_signal(signum)
+        finished = True
+    assert finished
+    assert signal.getsignal(signum) is before
+    with _interrupts_held_back():
+        pass
+
+
+def test_error_in_the_block_is_not_replaced_by_the_interrupt() -> None:
+    with pytest.raises(ZeroDivisionError), _interrupts_held_back():
+        signal.raise_signal(signal.SIGINT)
+        raise ZeroDivisionError
+
+
+def test_busy_port_is_named_with_the_way_out() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        with pytest.raises(LocalClusterError, match=f"127.0.0.1:{port} .*--port {port + 1}.*make run PORT={port + 1}"):
+            require_free_port("127.0.0.1", port)
+    require_free_port("127.0.0.1", port)
+    with pytest.raises(LocalClusterError, match=r"198\.51\.100\.7"):
+        require_free_port("198.51.100.7", port)  # nobody's address
+
+
+def testfree_ports_differ() -> None:
+    assert len(set(free_ports(20))) == 20
+
+
+def test_every_cluster_gets_its_own_token_and_what_is_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.environ", dict(os.environ, RAY_USAGE_STATS_ENABLED="1"))
+    prepare_environment()
+    first = os.environ["RAY_AUTH_TOKEN"]
+    prepare_environment()
+    assert len(first) == 64
+    assert os.environ["RAY_AUTH_TOKEN"] != first
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1"
+    assert "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ
+
+
+def test_fast_proxy_takes_three_ports_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    monkeypatch.setattr("os.environ", environment)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    prepare_environment(fast_proxy=True)
+    assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert len({value for key, value in environment.items() if key.endswith("_PORT") and key.startswith("RAY_")}) == 3
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LocalClusterError, match="--fast-proxy"):
+        prepare_environment(fast_proxy=True)
