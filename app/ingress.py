@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi_offline import FastAPIOffline
 from ray import serve
 from starlette.exceptions import HTTPException
 
@@ -47,12 +48,14 @@ def build_api(
     service: TranslationService, metrics: IngressMetrics, relay: MetricsRelay, *, echo_request_id: bool
 ) -> FastAPI:
     """The whole HTTP API over a service; echo_request_id as in app.middleware.RequestContext."""
-    api = FastAPI(
+    # FastAPI's own page at /docs loads its scripts from a public host, which a closed network has not
+    api = FastAPIOffline(
         title="Babelephant",
         version=service_version(),
         description=_DESCRIPTION,
         redoc_url=None,
         redirect_slashes=False,
+        static_url="/docs-files",
     )
     http = service.settings.http
     if http.cors_allow_origins:

@@ -138,14 +138,18 @@ def _interrupts_held_back() -> Iterator[None]:
 
 def _deploy(config: ServeDeploySchema) -> None:
     # serve.run knows no `deployments:` and the REST API needs the dashboard: this is what it would call.
+    from ray.exceptions import RayError
     from ray.serve._private.api import serve_start
 
-    client = serve_start(
-        http_options=config.http_options.model_dump(),
-        proxy_location=config.proxy_location,
-        global_logging_config=config.logging_config,
-    )
-    client.deploy_apps(config)
+    try:
+        client = serve_start(
+            http_options=config.http_options.model_dump(),
+            proxy_location=config.proxy_location,
+            global_logging_config=config.logging_config,
+        )
+        client.deploy_apps(config)
+    except RayError as error:
+        raise LocalClusterError(f"Ray Serve did not start: {error}") from error
 
 
 def _wait_until_ready(config: ServeDeploySchema, deadline: float) -> str:

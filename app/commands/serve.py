@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast-proxy",
         action="store_true",
-        help="HAProxy in front: 3-4 times the requests per second, but it may miss a client that hangs up after a large body",
+        help="HAProxy in front: 3-4 times the requests per second, but it may miss a client that hangs up",
     )
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="give up after S seconds (default: 600)")
 
@@ -47,12 +47,12 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     from app.local_cluster import LocalClusterError, local_service, prepare_environment, require_free_port
 
-    prepare_environment(fast_proxy=args.fast_proxy)
-    from app.serve_config import load_serve_config
-
-    config = load_serve_config(args.config or resolve_checkpoint(_DEFAULT_CONFIG), host=args.host, port=args.port)
     stop = threading.Event()
     try:
+        prepare_environment(fast_proxy=args.fast_proxy)
+        from app.serve_config import load_serve_config
+
+        config = load_serve_config(args.config or resolve_checkpoint(_DEFAULT_CONFIG), host=args.host, port=args.port)
         require_free_port(config.http_options.host, config.http_options.port)
         print("Starting Ray and loading the model ...", file=sys.stderr, flush=True)
         _interrupt_on_signals()

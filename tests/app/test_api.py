@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
@@ -344,3 +345,16 @@ def test_cors_is_off_unless_configured(make_service: Make) -> None:
     assert allowed.headers["access-control-allow-origin"] == "https://a.example"
     other = {**preflight, "headers": {**preflight["headers"], "Origin": "https://b.example"}}
     assert error_of(call(service, other)[0])["code"] == "cors_refused"
+
+
+def test_the_documentation_page_needs_no_other_host(make_service: Make) -> None:
+    service = make_service()
+    page = call(service, {"method": "GET", "url": "/docs"})[0].text
+    assets = re.findall(r"""(?:src|href)=["']([^"']+)["']""", page)
+    assert any(asset.endswith(".js") for asset in assets)
+    assert any(asset.endswith(".css") for asset in assets)
+    assert not [asset for asset in assets if "//" in asset]
+    for answer in call(service, *({"method": "GET", "url": asset} for asset in assets)):
+        assert answer.status_code == 200
+    missing = call(service, {"method": "GET", "url": "/docs-files/none.js"})[0]
+    assert error_of(missing)["code"] == "not_found"
