@@ -29,7 +29,7 @@ run: $(VENV)/.installed-run
 	@exec $(BIN)/babelephant serve $(CONFIG) --port $(PORT)
 
 test: $(VENV)/.installed-test
-	@echo "== ruff";         $(BIN)/ruff check .
+	@echo "== ruff";         $(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	@echo "== mypy";         $(BIN)/mypy
 	@echo "== lint-imports"; $(BIN)/lint-imports
 	@echo "== pytest";       $(BIN)/pytest --durations=15

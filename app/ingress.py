@@ -59,9 +59,7 @@ def build_api(
     )
     http = service.settings.http
     if http.cors_allow_origins:
-        api.add_middleware(
-            Cors, allow_origins=http.cors_allow_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
-        )
+        api.add_middleware(Cors, allow_origins=http.cors_allow_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     api.add_middleware(BodyLimit, max_bytes=http.max_body_bytes)
     api.add_middleware(RequestContext, metrics=metrics, echo_request_id=echo_request_id)  # added last = outermost
     _add_error_answers(api)

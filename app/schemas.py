@@ -22,9 +22,7 @@ _EXAMPLE: dict[str, JsonValue] = {"source_lang": "en", "target_lang": "de", "tex
 class TranslateBody(BaseModel):
     """What to translate. Every text is translated line by line; blank texts and lines come back as they are."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra={"examples": [_EXAMPLE]}
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra={"examples": [_EXAMPLE]})
 
     source_lang: Text = Field(description="BCP-47 (`en`, `pt-BR`, `zh-Hans`) or FLORES-200 (`eng_Latn`)", max_length=64)
     target_lang: Text = Field(description="as source_lang", max_length=64)

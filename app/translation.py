@@ -115,9 +115,7 @@ class TranslationService:
                     details={"language": code, "supported_languages": sorted(known)},
                 )
 
-    def _translations(
-        self, reply: TranslateReply | None, pool: str, places: Sequence[Place]
-    ) -> tuple[Translation, ...]:
+    def _translations(self, reply: TranslateReply | None, pool: str, places: Sequence[Place]) -> tuple[Translation, ...]:
         """Finished translations in the order of the sentences, or the error that the reply stands for."""
         if reply is None:
             return ()

@@ -110,9 +110,7 @@ class DecodePlan:
     cross_mask: Tensor
 
     @classmethod
-    def build(
-        cls, positions: Tensor, rows: Tensor, source_slots: Tensor, ancestry: Tensor, cache: KVCache
-    ) -> DecodePlan:
+    def build(cls, positions: Tensor, rows: Tensor, source_slots: Tensor, ancestry: Tensor, cache: KVCache) -> DecodePlan:
         """Turn Transformer.decode's arguments into flat indices and masks.
 
         Cells beyond a row's position are replaced by its own cell before they are masked: what stale cells hold, NaN

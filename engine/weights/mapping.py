@@ -168,5 +168,3 @@ def _place_linear(places: dict[str, Place], prefix: str, linear: Linear) -> None
 def _place_norm(places: dict[str, Place], prefix: str, norm: LayerNorm) -> None:
     places[f"{prefix}.weight"] = TensorPlace(norm.weight)
     places[f"{prefix}.bias"] = TensorPlace(norm.bias)
-
-

@@ -47,9 +47,7 @@ def forced_decoding(transformer: Transformer, sources: list[Tensor], beams: list
 
 
 @pytest.mark.parametrize("overrides", [TINY_ODD, WIDER], ids=["odd", "wider"])
-def test_alone_and_in_company(
-    overrides: dict[str, int], precision: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_alone_and_in_company(overrides: dict[str, int], precision: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), seed=8, **overrides)
     transformer = load_transformer(checkpoint, EngineConfig(precision=precision, max_source_tokens=48, max_target_tokens=40))
     source = random_source(11)

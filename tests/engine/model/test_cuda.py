@@ -50,7 +50,11 @@ def test_forced_decoding(precision: str, dtype: str | None, tolerance: float, tm
     """Two sentences, five rows at different positions; error relative to the largest logit."""
     weights = draw_checkpoint(tmp_path)
     engine_config = EngineConfig(
-        device="cuda", precision=precision, activation_dtype=dtype, max_source_tokens=32, max_target_tokens=32  # type: ignore[arg-type]
+        device="cuda",
+        precision=precision,
+        activation_dtype=dtype,
+        max_source_tokens=32,
+        max_target_tokens=32,  # type: ignore[arg-type]
     )
     transformer = load_transformer(tmp_path, engine_config)
     if engine_config.quant_scheme is not None:

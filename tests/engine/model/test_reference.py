@@ -16,9 +16,7 @@ def test_a_padded_batch(tiny: TinyModel) -> None:
     targets = [[2, *tiny.random_ids(5, seed=length)] for length in (10, 11, 12)]
     padded = torch.tensor([ids + [1] * (9 - len(ids)) for ids in sources])
     with torch.no_grad():
-        output = tiny.oracle(
-            input_ids=padded, attention_mask=(padded != 1).long(), decoder_input_ids=torch.tensor(targets)
-        )
+        output = tiny.oracle(input_ids=padded, attention_mask=(padded != 1).long(), decoder_input_ids=torch.tensor(targets))
     for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
         memory = reference_encode(tiny.weights, tiny.config, source)
         torch.testing.assert_close(memory, output.encoder_last_hidden_state[row, : len(source)], atol=TOLERANCE, rtol=0)

@@ -57,14 +57,10 @@ def test_a_padded_batch_of_transformers(tiny: TinyModel, trimmed: bool, monkeypa
     slots, rows = torch.tensor([4, 0, 3, 1]), torch.tensor([8, 2, 0, 5])
     memory = encode(tiny.transformer, cache, sources, slots.tolist())
     for sentence, part in enumerate(memory.split([9, 1, 5, 5])):
-        torch.testing.assert_close(
-            part, expected.encoder_last_hidden_state[sentence, : len(part)], atol=TOLERANCE, rtol=0
-        )
+        torch.testing.assert_close(part, expected.encoder_last_hidden_state[sentence, : len(part)], atol=TOLERANCE, rtol=0)
     for position in range(8):
         ancestry = rows[:, None].repeat(1, position + 1 if trimmed else 12)
-        logits = tiny.transformer.decode(
-            targets[:, position], torch.full((4,), position), rows, slots, ancestry, cache
-        )
+        logits = tiny.transformer.decode(targets[:, position], torch.full((4,), position), rows, slots, ancestry, cache)
         assert logits.shape == (4, tiny.config.vocab_size) and logits.dtype == torch.float32
         torch.testing.assert_close(logits, expected.logits[:, position], atol=TOLERANCE, rtol=0)
 

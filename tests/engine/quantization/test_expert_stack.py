@@ -22,9 +22,7 @@ CPU = torch.device("cpu")
 EXPERTS = 3
 
 
-def filled(
-    n: int, k: int, precision: str, dtype: torch.dtype, *, many_tokens: bool = False
-) -> tuple[ExpertStack, Tensor]:
+def filled(n: int, k: int, precision: str, dtype: torch.dtype, *, many_tokens: bool = False) -> tuple[ExpertStack, Tensor]:
     """Stack and the fp32 matrices [E, N, K] that it stands for."""
     generator = torch.Generator().manual_seed(n * k)
     weights = torch.randn((EXPERTS, n, k), generator=generator) * 0.05

@@ -53,9 +53,7 @@ def test_dequantized_values_are_codes_times_scales(scheme: QuantScheme, shape: t
     codes, width = quantized.unpacked_codes(), scheme.group_size or k
     limits = (-8, 7) if scheme.bits == 4 else (-127, 127)
     assert limits[0] <= int(codes.min()) and int(codes.max()) <= limits[1]
-    slow = torch.tensor(
-        [[int(codes[i, j]) * float(quantized.scales[i, j // width]) for j in range(k)] for i in range(n)]
-    )
+    slow = torch.tensor([[int(codes[i, j]) * float(quantized.scales[i, j // width]) for j in range(k)] for i in range(n)])
     assert torch.equal(quantized.dequantize(), slow)
 
 
@@ -135,8 +133,6 @@ def test_what_cannot_be_quantized(weight: Tensor, message: str) -> None:
 
 
 def test_dequantize_rounds_once_to_the_dtype_asked_for() -> None:
-    quantized = QuantizedTensor(
-        torch.tensor([[127]], dtype=torch.int8), torch.tensor([[0.01]]).half(), QuantScheme(8), 1
-    )
+    quantized = QuantizedTensor(torch.tensor([[127]], dtype=torch.int8), torch.tensor([[0.01]]).half(), QuantScheme(8), 1)
     expected = torch.tensor(127 * float(torch.tensor(0.01).half())).bfloat16()
     assert quantized.dequantize(torch.bfloat16).item() == expected.item()

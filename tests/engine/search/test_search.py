@@ -88,7 +88,11 @@ def test_mixed_sentences_arriving_at_any_step_match_the_reference(seed: int, dev
     for spec in specs:
         expected = search_reference(
             lambda prefix, slot=spec.source_slot: decoder.logits_of(slot, prefix),
-            options=spec.options, forced=spec.forced_token_id, max_tokens=spec.max_tokens, start=START, eos=EOS,
+            options=spec.options,
+            forced=spec.forced_token_id,
+            max_tokens=spec.max_tokens,
+            start=START,
+            eos=EOS,
         )
         got = outcomes[spec.source_slot]
         assert got.failure is None
