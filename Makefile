@@ -1,6 +1,7 @@
 # make run    start the service on http://127.0.0.1:8000 with the demonstration model; Ctrl-C ends everything it started
 # make test   lint, types, import contracts and tests
-# make clean  remove what the two made
+# make loadtest   a short open-loop load test of a service that runs on PORT; RATE=2 requests/s, DURATION=30 s
+# make clean  remove what the others made
 #
 # Both make a virtual environment in .venv and install the versions of constraints.txt into it; the second time they only start.
 #   PORT=8001                     another port
@@ -12,6 +13,8 @@ PYTHON   ?= python3
 PORT     ?= 8000
 CONFIG   ?= cluster_configs/serve/local-cpu.yaml
 PIP_ARGS ?=
+RATE     ?= 2
+DURATION ?= 30
 VENV     := .venv
 BIN      := $(VENV)/bin
 
@@ -20,7 +23,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test clean
+.PHONY: help run test loadtest clean
 
 help:
 	@awk '/^#/ { sub(/^# ?/, ""); print; next } { exit }' Makefile
@@ -33,6 +36,9 @@ test: $(VENV)/.installed-test
 	@echo "== mypy";         $(BIN)/mypy
 	@echo "== lint-imports"; $(BIN)/lint-imports
 	@echo "== pytest";       $(BIN)/pytest --durations=15
+
+loadtest: $(VENV)/.installed-test
+	@$(BIN)/python -m loadtest run --url http://127.0.0.1:$(PORT) --rate $(RATE) --duration $(DURATION)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,4 +1,7 @@
-"""Settings for every test: reproducible examples, one torch thread; figures that tests print after the summary."""
+"""Settings for every test: reproducible examples, one torch thread, Triton's interpreter where there is no GPU.
+
+Also prints, after the summary, the figures that tests report.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,11 @@ from collections.abc import Callable
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts its pool: two threads on a busy machine are far slower
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, and transformers does
 
 settings.register_profile(
     "suite", derandomize=True, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]

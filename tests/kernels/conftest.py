@@ -1,12 +1,7 @@
-"""Kernel tests: Triton's interpreter where there is no GPU (set before triton is imported), else bf16 and assembly."""
-
-import os
+"""Kernel tests: Triton's interpreter where there is no GPU (tests/conftest.py turns it on), else bf16 and assembly."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

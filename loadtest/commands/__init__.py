@@ -1,0 +1,1 @@
+"""Subcommands of `python -m loadtest`: parse, call, print."""
