@@ -1,6 +1,7 @@
 # make run    start the service on http://127.0.0.1:8000 with the demonstration model; Ctrl-C ends everything it started
 # make test   lint, types, import contracts and tests
 # make loadtest   a short open-loop load test of a service that runs on PORT; RATE=2 requests/s, DURATION=30 s
+# make replay-benchmark   cost of the autoscaling policy against a clairvoyant plan on two weeks of real traffic; ten minutes
 # make clean  remove what the others made
 #
 # Both make a virtual environment in .venv and install the versions of constraints.txt into it; the second time they only start.
@@ -23,7 +24,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test loadtest clean
+.PHONY: help run test loadtest replay-benchmark clean
 
 help:
 	@awk '/^#/ { sub(/^# ?/, ""); print; next } { exit }' Makefile
@@ -39,6 +40,9 @@ test: $(VENV)/.installed-test
 
 loadtest: $(VENV)/.installed-test
 	@$(BIN)/python -m loadtest run --url http://127.0.0.1:$(PORT) --rate $(RATE) --duration $(DURATION)
+
+replay-benchmark: $(VENV)/.installed-run
+	@$(BIN)/python -m app.cost.benchmark
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -128,7 +128,7 @@ SOURCES: Final[tuple[Source, ...]] = (
     Source("django-two-factor-auth", "1.18.1", "MIT", "pip", "po"),
     Source("django-jazzmin", "3.0.5", "MIT", "pip", "po"),
     Source("django-axes", "8.3.1", "MIT", "pip", "po"),
-    Source("django-constance", "4.4.0", "BSD-3-Clause", "pip", "po"),
+    Source("django-constance", "4.4.0", "BSD", "pip", "po"),
     Source("django-extensions", "4.1", "MIT", "pip", "po"),
     Source("django-guardian", "3.5.2", "BSD-2-Clause", "pip", "po"),
     Source("django-hijack", "3.8.0", "MIT", "pip", "po"),

@@ -1,0 +1,219 @@
+"""What one replica can do: a measured profile, or a roofline estimate that says it is one.
+
+Legend: s source tokens, t target tokens, b beam size, B sentences in a batch, R = B b live rows, T packed source tokens.
+
+    encode(T)  = a0 + a1 T + a2 T s      one packed encoder pass
+    step(R)    = tau0 + alpha R          one decode step for all live rows
+    batch(B)   = a0 + B s (a1 + a2 s) + t (tau0 + alpha B b)
+
+so a replica is a batch server (app.cost.queueing) with a fixed part a0 + t tau0 and a part per sentence s (a1 + a2 s) + t
+alpha b.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.cost.hardware import Device
+from app.cost.queueing import BatchService, max_rate_within
+from app.cost.traces import Floats
+from engine.accounting import (
+    count_parameters,
+    cross_kv_flops_per_token,
+    decoder_flops_per_row,
+    encoder_flops_per_token,
+    expert_bytes,
+    model_bytes,
+    num_sparse_layers,
+)
+from engine.config import ModelConfig
+
+VERSION = 1
+# Shares of a peak that a tuned engine reaches, and the fixed costs around it: assumptions of every estimate, printed with
+# it.
+_BANDWIDTH_SHARE, _FLOPS_SHARE = 0.6, 0.4
+_LAUNCH_S_PER_LAYER = 25e-6
+_LOAD_BYTES_PER_S, _PROCESS_START_S = 1.0e9, 25.0
+_ACTIVE_EXPERTS = 2
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be used; the message names the field and the fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """Where a profile comes from: date (ISO), commit, machine, and how it was obtained."""
+
+    date: str
+    commit: str
+    machine: str
+    method: str
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Parameters of the module docstring in seconds (a2_s per squared token), with standard errors (0 where not known).
+
+    startup_s from order to serving; memory_bytes weights, cache and work space; max_batch sentences at once.
+    estimated is True for a roofline that nobody has measured.
+    """
+
+    device: str
+    model: str
+    precision: str
+    beam_size: int
+    estimated: bool
+    a0_s: float
+    a1_s: float
+    a2_s: float
+    tau0_s: float
+    alpha_s: float
+    startup_s: float
+    memory_bytes: float
+    max_batch: int
+    born: Birth
+    errors: dict[str, float]
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("a0_s", "a1_s", "a2_s", "tau0_s", "startup_s", "memory_bytes"):
+            if not getattr(self, name) >= 0:
+                raise ProfileError(
+                    f"profile of {self.model} on {self.device}: {name} is {getattr(self, name)}; it cannot be negative"
+                )
+        if not self.alpha_s > 0 or self.max_batch < 1 or self.beam_size < 1:
+            raise ProfileError(
+                f"profile of {self.model} on {self.device}: alpha_s, max_batch and beam_size must be positive"
+            )
+
+    def service(self, source_tokens: float, target_tokens: float) -> BatchService:
+        """The replica as a batch server for sentences of these lengths."""
+        fixed = self.a0_s + target_tokens * self.tau0_s
+        each = source_tokens * (self.a1_s + self.a2_s * source_tokens) + target_tokens * self.alpha_s * self.beam_size
+        return BatchService(fixed, each, self.max_batch)
+
+    def capacity_per_s(self, source_tokens: float, target_tokens: float, slo_s: float, arrival_cv2: float = 1.0) -> float:
+        """Sentences per second within a p99 of slo_s; 0 when one sentence alone takes longer."""
+        return max_rate_within(self.service(source_tokens, target_tokens), slo_s, arrival_cv2)
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Read what `save` wrote. Raises ProfileError for another version, a missing or an unknown field."""
+        raw: dict[str, Any] = json.loads(path.read_text())
+        if raw.get("version") != VERSION:
+            raise ProfileError(
+                f"{path}: version {raw.get('version')!r}; this program reads version {VERSION}: measure again"
+            )
+        known = {field.name for field in fields(cls)}
+        if missing := sorted(known - raw.keys()):
+            raise ProfileError(f"{path}: {', '.join(missing)} missing; measure again")
+        if unknown := sorted(raw.keys() - known):
+            raise ProfileError(f"{path}: unknown {', '.join(unknown)}; remove them or measure again")
+        return cls(**{**raw, "born": Birth(**raw["born"])})
+
+
+def fit_line(x: Floats, seconds: Floats) -> tuple[float, float, float, float]:
+    """(intercept, slope, their standard errors) by least squares weighted by 1/seconds (timing noise grows with the time).
+
+    x, seconds float64[N], N >= 3. A negative intercept is refitted as 0.
+    """
+    if len(x) < 3 or len(np.unique(x)) < 2:
+        raise ProfileError(f"{len(x)} timings at {len(np.unique(x))} sizes; at least 3 timings at 2 sizes are needed")
+    design = np.stack([np.ones_like(x), x], 1) / seconds[:, None]
+    solution, *_ = np.linalg.lstsq(design, np.ones(len(x)))
+    if solution[0] < 0:
+        slope = float((x / seconds).sum() / ((x / seconds) ** 2).sum())
+        noise = np.sqrt(((slope * x / seconds - 1) ** 2).sum() / (len(x) - 1))
+        return 0.0, slope, 0.0, float(noise / np.sqrt(((x / seconds) ** 2).sum()))
+    noise = ((design @ solution - 1) ** 2).sum() / (len(x) - 2)
+    errors = np.sqrt(np.diag(np.linalg.inv(design.T @ design)) * noise)
+    return float(solution[0]), float(solution[1]), float(errors[0]), float(errors[1])
+
+
+def distinct_experts(num_experts: int, tokens: Floats) -> Floats:
+    """Expected experts of one layer that `tokens` tokens touch, two each, routed evenly."""
+    return np.asarray(num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** (_ACTIVE_EXPERTS * np.asarray(tokens, np.float64))))
+
+
+def roofline_profile(
+    config: ModelConfig, model: str, precision: str, device: Device, beam_size: int = 4, max_batch: int = 64, date: str = ""
+) -> Profile:
+    """An estimate from bytes and FLOPs; raises ProfileError when the weights do not fit the device.
+
+    A decode step reads the dense weights and the experts its rows touch, or computes, whichever takes longer, at fixed
+    shares of the peaks; a line through it over the rows gives tau0 and alpha. An encoder pass reads all weights once and
+    computes per token.
+    """
+    weights = float(model_bytes(config, precision))
+    if weights > 0.9 * device.memory_bytes:
+        raise ProfileError(
+            f"{model} at {precision} weighs {weights / 1e9:.1f} GB; {device.name} has {device.memory_bytes / 1e9:.0f} GB: "
+            "choose fewer bits, fewer experts or a larger device"
+        )
+    bandwidth, flops = _BANDWIDTH_SHARE * device.memory_bytes_per_s, _FLOPS_SHARE * device.half_flops_per_s
+    rows = np.arange(beam_size, beam_size * max_batch + 1, beam_size, dtype=np.float64)
+    step = _decode_step_s(config, precision, rows, bandwidth, flops)
+    tau0, alpha, tau0_error, alpha_error = fit_line(rows, step)
+    per_token = encoder_flops_per_token(config, 32) + cross_kv_flops_per_token(config)
+    born = Birth(
+        date,
+        "",
+        device.name,
+        f"roofline: {_BANDWIDTH_SHARE:.0%} of memory bandwidth, {_FLOPS_SHARE:.0%} of half-precision peak, "
+        f"{_LAUNCH_S_PER_LAYER * 1e6:.0f} us per layer, weights at {_LOAD_BYTES_PER_S / 1e9:g} GB/s"
+        f" after {_PROCESS_START_S:g} s",
+    )
+    return Profile(
+        device=device.name,
+        model=model,
+        precision=precision,
+        beam_size=beam_size,
+        estimated=True,
+        a0_s=_encoder_bytes(config, precision) / bandwidth + config.encoder_layers * _LAUNCH_S_PER_LAYER,
+        a1_s=per_token / flops,
+        a2_s=0.0,
+        tau0_s=tau0,
+        alpha_s=alpha,
+        startup_s=_PROCESS_START_S + weights / _LOAD_BYTES_PER_S,
+        memory_bytes=weights,
+        max_batch=max_batch,
+        born=born,
+        errors={"tau0_s": tau0_error, "alpha_s": alpha_error},
+    )
+
+
+def _expert_bytes_of(config: ModelConfig, precision: str) -> tuple[float, float]:
+    """Bytes of all encoder and all decoder expert matrices; experts of both stacks are split by layers and width."""
+    encoder = num_sparse_layers(config, "encoder") * config.encoder_ffn_dim
+    decoder = num_sparse_layers(config, "decoder") * config.decoder_ffn_dim
+    total = float(expert_bytes(config, precision))
+    both = max(encoder + decoder, 1)
+    return total * encoder / both, total * decoder / both
+
+
+def _dense_bytes(config: ModelConfig) -> tuple[float, float]:
+    """Bytes of encoder and decoder weights outside the experts, 2 per value; the output projection is the decoder's."""
+    counts = count_parameters(config)
+    encoder_share = config.encoder_layers / (config.encoder_layers + 2 * config.decoder_layers)
+    return 2.0 * counts.dense * encoder_share, 2.0 * (counts.dense * (1 - encoder_share) + counts.embedding)
+
+
+def _encoder_bytes(config: ModelConfig, precision: str) -> float:
+    return _expert_bytes_of(config, precision)[0] + _dense_bytes(config)[0]
+
+
+def _decode_step_s(config: ModelConfig, precision: str, rows: Floats, bandwidth: float, flops: float) -> Floats:
+    touched = distinct_experts(max(config.num_experts, 1), rows) / max(config.num_experts, 1)
+    read = _dense_bytes(config)[1] + touched * _expert_bytes_of(config, precision)[1]
+    computed = rows * decoder_flops_per_row(config, 32, 32)
+    return np.asarray(np.maximum(read / bandwidth, computed / flops) + config.decoder_layers * _LAUNCH_S_PER_LAYER)

@@ -1,0 +1,112 @@
+"""Fleet plans against every plan tried one by one, and the fast search against the solver's proof."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from app.cost.fleet import FleetProblem, PlanError, solve_exact
+from app.cost.fleet_search import solve_fast
+
+PRICES = np.array([0.526, 0.8048, 1.006, 1.861, 2.745, 3.431, 6.88, 7.912])
+
+
+def problem(seed: int, pools: int, options: int, total: float, degraded_share: float) -> FleetProblem:
+    rng = np.random.default_rng(seed)
+    weight = 1 / np.arange(1, pools + 1) ** 1.16
+    demand = total * weight / weight.sum()
+    speed = np.array([1.0, 1.9, 2.1, 4.2, 6.0, 7.0, 16.0, 19.0])[:options]
+    capacity = speed * rng.uniform(0.75, 1.25, (pools, options))
+    minimum = np.ones(pools, np.int64)
+    return FleetProblem(demand, degraded_share * demand, minimum, capacity, PRICES[:options], np.full(options, np.inf))
+
+
+def cheapest_by_trying(case: FleetProblem, most: int) -> float:
+    pools, options = case.capacity.shape
+    best = np.inf
+    for flat in itertools.product(range(most + 1), repeat=pools * options):
+        counts = np.array(flat).reshape(pools, options)
+        if case.usd_per_hour(counts) < best and not case.violations(counts):
+            best = case.usd_per_hour(counts)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("degraded_share", [0.0, 0.9])
+def test_both_find_the_cheapest_of_all_plans(seed: int, degraded_share: float) -> None:
+    pytest.importorskip("highspy")
+    case = problem(seed, 1, 4, 4.7 + seed, degraded_share)
+    best = cheapest_by_trying(case, 6)
+    exact, fast = solve_exact(case), solve_fast(case)
+    assert exact.usd_per_hour == pytest.approx(best)
+    assert exact.bound_usd_per_hour <= best * (1 + 1e-9)
+    assert fast.usd_per_hour == pytest.approx(best)
+
+
+def test_quotas_are_shared_by_pools() -> None:
+    pytest.importorskip("highspy")
+    case = replace(problem(1, 2, 3, 5.0, 0.5), quota=np.array([1.0, np.inf, 1.0]))
+    best = cheapest_by_trying(case, 4)
+    assert solve_exact(case).usd_per_hour == pytest.approx(best)
+    fast = solve_fast(case)
+    assert case.violations(fast.counts) == []
+    assert best <= fast.usd_per_hour <= 1.3 * best
+
+
+@pytest.mark.parametrize(("total", "degraded_share"), [(1000, 0.0), (5000, 0.8)])
+def test_fast_plans_of_200_pools_are_within_half_a_percent_of_the_proven_bound(total: float, degraded_share: float) -> None:
+    pytest.importorskip("highspy")
+    case = problem(0, 200, 8, total, degraded_share)
+    fast = solve_fast(case)
+    assert case.violations(fast.counts) == []
+    exact = solve_exact(case)
+    assert case.violations(exact.counts) == []
+    assert exact.gap < 0.001
+    assert fast.usd_per_hour <= 1.005 * exact.bound_usd_per_hour
+
+
+def test_binding_quotas_are_kept_near_the_bound() -> None:
+    case = problem(3, 60, 8, 1000, 0.8)
+    use = solve_fast(case).counts.sum(0)
+    top = np.argsort(-use)[:2]
+    quota = np.full(8, np.inf)
+    quota[top] = np.floor(0.6 * use[top])
+    limited = replace(case, quota=quota)
+    fast = solve_fast(limited)
+    assert limited.violations(fast.counts) == []
+    assert fast.usd_per_hour <= 1.02 * fast.bound_usd_per_hour
+
+
+def test_a_gpu_that_does_not_run_the_model_is_not_used() -> None:
+    case = problem(0, 5, 4, 30, 0.8)
+    capacity = case.capacity.copy()
+    capacity[:, 0] = 0.0
+    capacity[2, 1] = 0.0
+    counts = solve_fast(replace(case, capacity=capacity)).counts
+    assert counts[:, 0].sum() == 0
+    assert counts[2, 1] == 0
+    with pytest.raises(PlanError, match="pool 2 fits no GPU"):
+        capacity[2] = 0.0
+        replace(case, capacity=capacity)
+
+
+def test_what_cannot_be_met_says_what_stands_in_the_way() -> None:
+    pytest.importorskip("highspy")
+    case = replace(problem(0, 3, 2, 50, 0.8), quota=np.array([3.0, 2.0]))
+    for solve in (solve_exact, solve_fast):
+        with pytest.raises(PlanError, match="quotas"):
+            solve(case)
+    with pytest.raises(PlanError, match="negative"):
+        replace(case, demand=np.array([1.0, -1.0, 2.0]))
+
+
+def test_violations_name_each_broken_rule() -> None:
+    case = replace(problem(0, 2, 2, 10, 0.9), quota=np.array([1.0, np.inf]))
+    broken = " ".join(case.violations(np.array([[2, 0], [0, 0]])))
+    assert "for a demand" in broken
+    assert "after losing" in broken
+    assert "minimum" in broken
+    assert "over its quota" in broken
