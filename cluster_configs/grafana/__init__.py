@@ -1,0 +1,1 @@
+"""Grafana dashboards: panels as data, JSON generated from them."""

@@ -1,0 +1,1 @@
+"""Every deployment file against the schema or tool that will read it."""
