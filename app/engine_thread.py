@@ -132,10 +132,10 @@ class EngineThread:
         return drained
 
     def _refuse_if_unable(self, num_sentences: int) -> None:
-        if self._fault is not None:
-            raise EngineDeadError(f"the engine thread died: {self._fault!r}")
         if self._stopping:
             raise EngineDeadError("the engine is stopping")
+        if self._fault is not None or not self._thread.is_alive():
+            raise EngineDeadError(f"the engine thread died: {self._fault!r}")
         if self._num_pending + num_sentences > self.max_pending:
             raise EngineFullError(f"{self._num_pending} of {self.max_pending} sentences are pending")
 
@@ -155,7 +155,7 @@ class EngineThread:
                         self._deliver(translation)
                 self.stats = self._engine.stats()
                 self._busy_since = None
-        except Exception as error:
+        except BaseException as error:  # a panic of a native library is no Exception; a silent death would hang every caller
             log.exception("the engine thread died with %d sentences pending", self._num_pending)
             with self._wake:
                 self._fault = error
@@ -201,6 +201,9 @@ class EngineThread:
                 return self._withdraw(job, index, RefusedError(index, error))
             except EngineFullError as error:
                 return self._withdraw(job, index, error)
+            except Exception as error:  # this job's trouble, not its batch mates'
+                log.exception("the engine failed on a submitted sentence")
+                return self._withdraw(job, index + 1, EngineFailedError(f"the engine failed: {error}"))
         return None
 
     def _withdraw(self, job: _Job, num_submitted: int, error: Exception) -> None:

@@ -97,12 +97,14 @@ def require_free_port(host: str, port: int) -> None:
 def local_service(config: ServeDeploySchema, *, timeout_s: float) -> Iterator[str]:
     """Run the applications of `config` on this machine; yields the base URL once /readyz answers.
 
-    `prepare_environment` comes first. Raises LocalClusterError. On the way out everything that was started is shut down.
+    `prepare_environment` comes first. Raises LocalClusterError. On the way out accepted requests are answered and
+    everything that was started is shut down.
     """
     import ray
     from ray import serve
 
     require_free_port(config.http_options.host, config.http_options.port)
+    ready = False
     try:
         with _interrupts_held_back():
             ray.init(
@@ -113,10 +115,16 @@ def local_service(config: ServeDeploySchema, *, timeout_s: float) -> Iterator[st
                 _system_config={"metrics_report_interval_ms": _METRICS_REPORT_INTERVAL_MS},
             )
         _deploy(config)
-        yield _wait_until_ready(config, time.monotonic() + timeout_s)
+        url = _wait_until_ready(config, time.monotonic() + timeout_s)
+        ready = True
+        yield url
     finally:
         with _interrupts_held_back():
             if ray.is_initialized():
+                if ready:
+                    # shutdown alone ends the proxy first, and whoever waits for an answer is cut off
+                    for application in config.applications:
+                        serve.delete(application.name)
                 serve.shutdown()  # type: ignore[no-untyped-call]
                 ray.shutdown()
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from app.engine_thread import EngineDeadError, EngineFailedError, EngineThread, RefusedError
-from engine.types import EngineFullError, TranslationRequest
+from engine.types import EngineFullError, Translation, TranslationRequest
 from tests.app.fakes import FakeTranslator
 
 
@@ -174,15 +174,44 @@ def test_engine_fault_fails_everybody_and_the_health_check() -> None:
     run(scenario)
 
 
-def test_fault_inside_submit_does_not_lose_the_job() -> None:
+def test_fault_inside_submit_stays_with_its_job() -> None:
     class Broken(FakeTranslator):
         def submit(self, request: TranslationRequest) -> None:
-            raise MemoryError("no room")
+            if request.source_text == "bad":
+                raise MemoryError("no room")
+            super().submit(request)
 
     async def scenario() -> None:
-        thread = EngineThread(Broken(), max_pending=8)
+        engine = Broken()
+        thread = EngineThread(engine, max_pending=8)
+        mate = asyncio.create_task(thread.translate(requests("a b c", prefix="mate")))
         with pytest.raises(EngineFailedError, match="no room"):
-            await thread.translate(requests("a", "b"))
+            await thread.translate(requests("good", "bad"))
+        assert [t.text for t in await mate] == ["A B C"]
+        assert [t.text for t in await thread.translate(requests("later"))] == ["LATER"]
+        assert thread.num_pending == 0
+        assert not engine.has_work
+        thread.stop(5)
+
+    run(scenario)
+
+
+def test_a_fault_that_is_no_exception_hangs_nobody() -> None:
+    class Panic(BaseException):
+        """What a native library's panic derives from."""
+
+    class Panicking(FakeTranslator):
+        def step(self) -> list[Translation]:
+            raise Panic("native code gave up")
+
+    async def scenario() -> None:
+        died = threading.Event()
+        thread = EngineThread(Panicking(), max_pending=8, on_death=died.set)
+        with pytest.raises(EngineFailedError, match="native code gave up"):
+            await asyncio.wait_for(thread.translate(requests("a")), 10)
+        with pytest.raises(EngineDeadError):
+            await asyncio.wait_for(thread.translate(requests("b")), 10)
+        assert await asyncio.to_thread(died.wait, 5)
 
     run(scenario)
 
