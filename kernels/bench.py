@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import bench_ops
+from kernels import attention_bench, bench_ops, head_bench, linear_bench
 from kernels.bench_plot import plot_roofline, read_report
 from kernels.bench_rows import Machine, Row
 from kernels.testing import graph_time_us
@@ -29,7 +29,15 @@ OPS: dict[str, Callable[[Machine, bool], Iterator[Row]]] = {
     "table1": bench_ops.table1_rows,
     "route": bench_ops.route_rows,
     "add_layernorm": bench_ops.add_layernorm_rows,
+    "decode_self": attention_bench.decode_self_rows,
+    "decode_cross": attention_bench.decode_cross_rows,
+    "encoder_attention": attention_bench.encoder_rows,
+    "small_linear": linear_bench.small_linear_rows,
+    "embed": linear_bench.embed_rows,
+    "head_topk": head_bench.head_topk_rows,
+    "attention_tiles": attention_bench.tile_rows,
 }
+SWEEPS = ("attention_tiles",)  # tile candidates beside the default: only when asked for
 
 
 def measure_machine() -> Machine:
@@ -86,7 +94,7 @@ def write_report(path: Path, machine: Machine, rows: list[Row]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit 1 when a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
+    parser.add_argument("--ops", nargs="+", default=[op for op in OPS if op not in SWEEPS], choices=list(OPS))
     parser.add_argument("--out", type=Path, help="JSON file for all rows")
     parser.add_argument("--plot", type=Path, help="image file for the roofline")
     parser.add_argument("--rows", type=Path, help="JSON file of an earlier --out: measure nothing")

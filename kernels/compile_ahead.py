@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kernels.launch import overlap_options
+
 Job = tuple[str, str, tuple[Any, ...], dict[str, Any]]  # module, kernel name, argument types or values, keyword arguments
 
 _SHARED_PER_SM = {75: 65536, 80: 167936, 89: 102400, 90: 233472, 100: 233472}
@@ -55,7 +57,10 @@ def compile_kernel(job: Job, capability: int) -> Any:
 
     module, name, args, kwargs = job
     driver.set_active(Stub())
-    return getattr(importlib.import_module(module), name).warmup(*args, grid=(1,), **kwargs)
+    kernel = getattr(importlib.import_module(module), name)
+    if "OVERLAP" in kernel.arg_names and "OVERLAP" not in kwargs:
+        kwargs = kwargs | overlap_options(capability >= 90, cooperative="launch_cooperative_grid" in kwargs)
+    return kernel.warmup(*args, grid=(1,), **kwargs)
 
 
 def _resources(compiled: Any, capability: int, seconds: float) -> Compiled:

@@ -12,9 +12,14 @@ import torch
 
 from kernels.cases import NLLB_54B, PAPER, PRECISIONS
 from kernels.compile_ahead import Job, compile_ahead
+from kernels.decode_attention.jobs import decode_attention_jobs
+from kernels.embed.jobs import embed_jobs
+from kernels.encoder_attention.jobs import encoder_attention_jobs
 from kernels.expert_gemm.jobs import ffn_jobs
 from kernels.expert_gemm.tiles import FfnTiles, default_tiles
+from kernels.head_topk.jobs import default_head_jobs
 from kernels.launch import next_power_of_two
+from kernels.small_linear.jobs import default_jobs
 
 _BLOCK_SHARED = {75: 65536, 80: 166912, 89: 101376, 90: 232448, 100: 232448}
 
@@ -32,6 +37,10 @@ def jobs_for(capability: int) -> list[Job]:
                 for t in tiles:
                     found += ffn_jobs(shape.d_model, shape.d_ff, shape.top_k, precision.bits, precision.group_size, t, dtype)
         found += small_jobs(shape.d_model, shape.num_experts, shape.top_k, dtype)
+        found += default_head_jobs(shape.d_model, 128000 if shape is PAPER else 256206, dtype)
+        found += default_jobs(shape.d_model, capability) + embed_jobs(shape.d_model, dtype)
+    for d_model in (256, 512, 1024, 2048):  # head_dim 16, 32, 64, 128
+        found += decode_attention_jobs(d_model, 16, dtype) + encoder_attention_jobs(d_model, 16, dtype)
     return found
 
 

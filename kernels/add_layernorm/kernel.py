@@ -17,9 +17,13 @@ def add_layernorm_kernel(
     D_PAD: tl.constexpr,
     SLOTS: tl.constexpr,
     MASKED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """residual += sum over slots of delta (fp32, slot order), stored back; out = layer norm of the stored value.
     SLOTS 0: no delta. MASKED: slots whose expert id is negative hold garbage and are not read."""
+    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, D_PAD)
     mask = d < D

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.launch import check, next_power_of_two
+from kernels.launch import check, next_power_of_two, overlap
 
 
 def add_layernorm(
@@ -55,5 +55,6 @@ def add_layernorm(
         SLOTS=slots,
         MASKED=expert_ids is not None,
         num_warps=max(1, min(8, d_pad // 256)),
+        **overlap(residual),
     )
     return residual, out

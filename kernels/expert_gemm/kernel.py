@@ -328,9 +328,13 @@ def expert_gemm_kernel(
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
     FIRST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program = one tile. FIRST: x rows are tokens (gathered), ReLU, out rows in expert order. Else: x rows in expert
     order, gate weight applied, out rows scattered to pair order."""
+    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     n_block = tl.program_id(0)
     tile = tl.program_id(1)
     if tile < tl.load(num_tiles_ptr):
@@ -428,6 +432,7 @@ def expert_ffn_kernel(
     ASM: tl.constexpr,
     PREFETCH: tl.constexpr,
     DYNAMIC: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Both GEMMs of the expert FFN in one launch, so that weights stream without a gap between them.
 
@@ -440,6 +445,9 @@ def expert_ffn_kernel(
     sync int32, zeroed by the router before every launch: [ticket, 0, 0, 0, tile counters[max_tiles], split counters].
     hidden [P, F] in expert order; out [P, D] in pair order; partial fp32 [SPLIT, P, D] in expert order.
     """
+    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     NB1: tl.constexpr = (F + BN1 - 1) // BN1
     NB2: tl.constexpr = (D + BN2 - 1) // BN2
     KB: tl.constexpr = 64 * JOIN if BITS == 16 else 1024 // BITS

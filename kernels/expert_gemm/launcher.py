@@ -9,7 +9,7 @@ import torch
 
 from kernels.expert_gemm.packing import PackedExperts
 from kernels.expert_gemm.tiles import FfnTiles, select_tiles
-from kernels.launch import check
+from kernels.launch import check, overlap
 from kernels.routing import Routing
 
 
@@ -61,6 +61,7 @@ def expert_gemm(
         out,
         **constants,
         **launch_options(tiles, x.is_cuda),
+        **overlap(x),
     )
     return out
 
@@ -155,6 +156,7 @@ def _launch_ffn(
         max_tiles,
         **constants,
         **launch_options(tiles, x.is_cuda),
+        **overlap(x, cooperative=not tiles.dynamic),
     )
 
 

@@ -29,10 +29,14 @@ def gate_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     EPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program = BT tokens and one of SPLIT parts of D. With SPLIT > 1 the last program of a token block adds the
     parts in
     order (fp32 partial logits [SPLIT, T, E_PAD]) and leaves the block's semaphore at zero."""
+    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     block = tl.program_id(0)
     split = tl.program_id(1)
@@ -102,8 +106,12 @@ def expert_order_kernel(
     E_PAD: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program = one expert: it counts every expert's pairs itself, so it knows where its own begin."""
+    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     expert = tl.program_id(0)
     e = tl.arange(0, E_PAD)
     lane = tl.arange(0, CHUNK)

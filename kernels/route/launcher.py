@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.launch import check, next_power_of_two
+from kernels.launch import check, next_power_of_two, overlap
 from kernels.routing import Routing, empty_routing
 from kernels.tile_configs import measured_choice
 
@@ -122,6 +122,7 @@ def _launch_gate(
         EPS=torch.finfo(x.dtype).eps,
         num_warps=4 if e_pad <= 32 else 8,
         num_stages=3,
+        **overlap(x),
     )
 
 
@@ -145,4 +146,5 @@ def _launch_order(routing: Routing) -> None:
         BLOCK_TOKENS=routing.block_tokens,
         CHUNK=min(2048, max(128, next_power_of_two(pairs))),
         num_warps=4,
+        **overlap(routing.expert_ids),
     )

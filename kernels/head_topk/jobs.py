@@ -1,0 +1,49 @@
+"""Compile jobs of `head_topk`: the argument types of a real launch, for `kernels.compile_ahead`."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.compile_ahead import Job
+from kernels.head_topk.launcher import chunk_constants, merge_constants, operands
+from kernels.head_topk.tiles import HeadTiles, default_tiles
+
+_MODULE = "kernels.head_topk.kernel"
+
+
+def head_jobs(
+    num_features: int,
+    vocab_size: int,
+    k: int,
+    bits: int,
+    tiles: HeadTiles,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    has_banned: bool = True,
+    logits_stride: int = 64,
+) -> list[Job]:
+    """Jobs that cover one call with these tiles: both launches. logits_stride: whether it is a multiple of 16 matters."""
+    f32, i32 = torch.float32, torch.int32
+    weight = torch.int8 if bits == 8 else dtype
+    inputs: tuple[object, object, object] = dtype, weight, dtype
+    if tiles.tma:  # only the types and block shapes matter: meta tensors have no memory
+        x, matrix = (torch.empty(1024, num_features, dtype=t, device="meta") for t in (dtype, weight))
+        inputs = operands(x, matrix, tiles)
+    chunk = (*inputs, f32, i32, f32, f32, f32, f32, f32, 320, vocab_size, logits_stride)
+    merge = (f32, f32, i32, f32, f32, f32, i32, f32, vocab_size, logits_stride)
+    constants = chunk_constants(num_features, k, bits, has_banned, tiles)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    return [
+        (_MODULE, "head_chunk_kernel", chunk, constants | options),
+        (_MODULE, "head_merge_kernel", merge, merge_constants(k, vocab_size, has_banned, tiles) | {"num_warps": 4}),
+    ]
+
+
+def default_head_jobs(num_features: int, vocab_size: int, dtype: torch.dtype) -> list[Job]:
+    """Everything that a device without a measured choice may be asked to run for this head."""
+    return [
+        job
+        for rows in (16, 32, 1024)
+        for bits in (16, 8)
+        for job in head_jobs(num_features, vocab_size, 16, bits, default_tiles(rows, dtype), dtype)
+    ]

@@ -1,0 +1,314 @@
+"""Two launches: logits by chunks of the vocabulary with their maximum and sum of exponentials, then one program a row.
+
+R rows, D features, V vocabulary (columns from V on are padding: never read), BV logits a chunk, C = ceil(V / BV) chunks.
+Weights are the M side of each dot, rows the n side: a step of one row pads to 16 lanes only, and int8 codes are converted
+in the registers that feed the dot. Logits stay in fp32: rounded to 16 bits many of them would tie.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _chunk_results(
+    acc,
+    scale_ptr,
+    banned_ptr,
+    threshold_ptr,
+    max_ptr,
+    sum_ptr,
+    banned_logit_ptr,
+    logits_ptr,
+    chunk,
+    first,
+    R,
+    V,
+    logits_stride,
+    BITS: tl.constexpr,
+    BV: tl.constexpr,
+    BR: tl.constexpr,
+    SLICE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_BANNED: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Store what the second launch needs of logits acc[BV, BR] of rows first ...: maximum, sum of exp(logit - maximum), and
+    the logits of rows whose maximum may still be among the k best. A banned token counts in none of the three; its own logit
+    is kept. Tiles wider than SLICE rows are worked off by halves: what is in flight then fits the registers beside acc."""
+    if BR > SLICE:
+        low, high = tl.split(tl.permute(tl.reshape(acc, (BV, 2, BR // 2)), (0, 2, 1)))
+        _chunk_results(
+            low,
+            scale_ptr,
+            banned_ptr,
+            threshold_ptr,
+            max_ptr,
+            sum_ptr,
+            banned_logit_ptr,
+            logits_ptr,
+            chunk,
+            first,
+            R,
+            V,
+            logits_stride,
+            BITS,
+            BV,
+            BR // 2,
+            SLICE,
+            GROUPS,
+            HAS_BANNED,
+            GATED,
+        )
+        _chunk_results(
+            high,
+            scale_ptr,
+            banned_ptr,
+            threshold_ptr,
+            max_ptr,
+            sum_ptr,
+            banned_logit_ptr,
+            logits_ptr,
+            chunk,
+            first + BR // 2,
+            R,
+            V,
+            logits_stride,
+            BITS,
+            BV,
+            BR // 2,
+            SLICE,
+            GROUPS,
+            HAS_BANNED,
+            GATED,
+        )
+    else:
+        v = chunk * BV + tl.arange(0, BV)
+        rows = first + tl.arange(0, BR)
+        live = rows < R
+        if GATED:
+            # Least of GROUPS >= k group maxima: k chunks reach it, so a chunk below it holds none of the k best. A stale
+            # value is lower, hence safe: what is stored depends on timing, what is found does not.
+            group = rows[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+            threshold = tl.min(tl.load(threshold_ptr + group, mask=live[:, None], other=0.0, cache_modifier=".cg"), 1)
+        if BITS == 8:
+            acc *= tl.load(scale_ptr + v, mask=v < V, other=0.0)[:, None]
+        acc = tl.where((v < V)[:, None], acc, float("-inf"))
+        if HAS_BANNED:
+            banned = tl.load(banned_ptr + rows, mask=live, other=-1)
+            here = (banned >= chunk * BV) & (banned < tl.minimum(chunk * BV + BV, V))
+            if tl.max(here.to(tl.int32), 0) > 0:  # a chunk rarely holds anybody's banned token
+                hit = v[:, None] == banned[None, :]
+                tl.store(banned_logit_ptr + rows, tl.sum(tl.where(hit, acc, 0.0), 0), mask=here)
+                acc = tl.where(hit, float("-inf"), acc)
+        top = tl.max(acc, 0)
+        # exp(-inf - -inf) would be NaN where a chunk holds nothing but -inf; NaN or +inf makes the sum NaN, as it should
+        total = tl.sum(tl.exp(acc - tl.where(top == float("-inf"), 0.0, top)[None, :]), 0)
+        at = rows.to(tl.int64) * tl.cdiv(V, BV) + chunk
+        tl.store(max_ptr + at, top, mask=live)
+        tl.store(sum_ptr + at, total, mask=live)
+        keep = live
+        if GATED:
+            keep = live & ~(top < threshold)
+            tl.atomic_max(threshold_ptr + rows * GROUPS + chunk % GROUPS, top, mask=keep, sem="relaxed")
+        at = rows.to(tl.int64)[None, :] * logits_stride + v[:, None]
+        tl.store(logits_ptr + at, acc, mask=keep[None, :] & (v < V)[:, None])
+
+
+@triton.jit(do_not_specialize=["R"])
+def head_chunk_kernel(
+    x,
+    w,
+    x_rest,
+    scale_ptr,
+    banned_ptr,
+    threshold_ptr,
+    max_ptr,
+    sum_ptr,
+    banned_logit_ptr,
+    logits_ptr,
+    R,
+    V,
+    logits_stride,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    BV: tl.constexpr,
+    BR: tl.constexpr,
+    BR2: tl.constexpr,
+    BK: tl.constexpr,
+    SLICE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_BANNED: tl.constexpr,
+    GATED: tl.constexpr,
+    TMA: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One program = one chunk of the vocabulary x (BR + BR2) rows; BR2 rows (0: none) share its reads of the weights.
+    x, w and x_rest are pointers, or tensor descriptors of blocks [BR, BK], [BV, BK] and [BR2, BK] with TMA."""
+    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    ROWS: tl.constexpr = BR + BR2
+    row_tiles = tl.cdiv(R, ROWS)
+    chunk = tl.program_id(0) // row_tiles  # row tiles of one chunk run side by side: its weights come from L2 again
+    first = tl.program_id(0) % row_tiles * ROWS
+    v = chunk * BV + tl.arange(0, BV)
+    rows = first + tl.arange(0, BR)
+    k = tl.arange(0, BK)
+    acc = tl.zeros((BV, BR), dtype=tl.float32)
+    if BR2 > 0:
+        rows2 = first + BR + tl.arange(0, BR2)
+        acc2 = tl.zeros((BV, BR2), dtype=tl.float32)
+    dtype: tl.constexpr = x.dtype if TMA else x.dtype.element_ty
+    for start in range(0, D, BK):
+        if TMA:
+            weight = w.load([chunk * BV, start])
+            rows_in = x.load([first, start])
+            if BR2 > 0:
+                rows_in2 = x_rest.load([first + BR, start])
+        else:
+            at = start + k
+            mask_v = (v < V)[:, None]
+            mask_r = (rows < R)[:, None]
+            if D % BK != 0:
+                mask_v = mask_v & (at < D)[None, :]
+                mask_r = mask_r & (at < D)[None, :]
+            weight = tl.load(w + v.to(tl.int64)[:, None] * D + at[None, :], mask=mask_v, other=0)
+            rows_in = tl.load(x + rows.to(tl.int64)[:, None] * D + at[None, :], mask=mask_r, other=0.0)
+            if BR2 > 0:
+                mask_r2 = (rows2 < R)[:, None]
+                if D % BK != 0:
+                    mask_r2 = mask_r2 & (at < D)[None, :]
+                rows_in2 = tl.load(x + rows2.to(tl.int64)[:, None] * D + at[None, :], mask=mask_r2, other=0.0)
+        if BITS == 8:
+            # 1.5 * 2^23 + code as fp32 bits: exact, and cheaper than the conversion instruction
+            shifted = (weight.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True)
+            weight = (shifted - 12582912.0).to(dtype)
+        acc = tl.dot(weight, tl.trans(rows_in), acc, input_precision="ieee")
+        if BR2 > 0:
+            acc2 = tl.dot(weight, tl.trans(rows_in2), acc2, input_precision="ieee")
+    _chunk_results(
+        acc,
+        scale_ptr,
+        banned_ptr,
+        threshold_ptr,
+        max_ptr,
+        sum_ptr,
+        banned_logit_ptr,
+        logits_ptr,
+        chunk,
+        first,
+        R,
+        V,
+        logits_stride,
+        BITS,
+        BV,
+        BR,
+        SLICE,
+        GROUPS,
+        HAS_BANNED,
+        GATED,
+    )
+    if BR2 > 0:
+        _chunk_results(
+            acc2,
+            scale_ptr,
+            banned_ptr,
+            threshold_ptr,
+            max_ptr,
+            sum_ptr,
+            banned_logit_ptr,
+            logits_ptr,
+            chunk,
+            first + BR,
+            R,
+            V,
+            logits_stride,
+            BITS,
+            BV,
+            BR2,
+            SLICE,
+            GROUPS,
+            HAS_BANNED,
+            GATED,
+        )
+
+
+@triton.jit
+def _ordered(value):
+    """int32 that orders as the float does (its own inverse on the bits); -0.0 counts as 0.0, so that they tie."""
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _take_best(order, ids):
+    """The largest entry of int32 `order` (of equals the one with the lowest id), its id, and `order` without it.
+
+    A 32-bit reduction is one instruction a warp from compute capability 8.0 on; a bitonic sort compiled for half a minute.
+    """
+    best = tl.max(order)
+    chosen = tl.min(tl.where(order == best, ids, 0x7FFFFFFF))
+    return best, chosen, tl.where(ids == chosen, -(2**31), order)
+
+
+@triton.jit
+def head_merge_kernel(
+    max_ptr,
+    sum_ptr,
+    banned_ptr,
+    banned_logit_ptr,
+    logits_ptr,
+    values_ptr,
+    ids_ptr,
+    lse_ptr,
+    V,
+    logits_stride,
+    BV: tl.constexpr,
+    C_PAD: tl.constexpr,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    HAS_BANNED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One program = one row: log-sum-exp over all chunks; the K best logits lie in the K chunks that are best by
+    (maximum, lower index), and only those are read."""
+    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    C = tl.cdiv(V, BV)
+    c = tl.arange(0, C_PAD)
+    tops = tl.load(max_ptr + row * C + c, mask=c < C, other=float("-inf"))
+    sums = tl.load(sum_ptr + row * C + c, mask=c < C, other=0.0)
+    peak = tl.max(tops, 0)
+    banned = -1
+    if HAS_BANNED:
+        banned = tl.load(banned_ptr + row)
+        has = (banned >= 0) & (banned < V)
+        extra = tl.load(banned_logit_ptr + row, mask=has, other=float("-inf"))
+        peak = tl.maximum(peak, extra)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(sums * tl.exp(tops - peak), 0)
+    if HAS_BANNED:
+        total += tl.exp(extra - peak)
+    lse = peak + tl.log(total)
+    broken = ~((lse > float("-inf")) & (lse < float("inf")))
+
+    slot = tl.arange(0, K_PAD)
+    chunks = tl.zeros((K_PAD,), tl.int32) + C
+    order = tl.where(c < C, _ordered(tops), -(2**31))
+    for i in range(K):  # with fewer than K chunks the rest repeat chunk 0: a token is taken by its id, so only once
+        _, chunk, order = _take_best(order, c)
+        chunks = tl.where(slot == i, chunk, chunks)
+    ids = chunks[:, None] * BV + tl.arange(0, BV)[None, :]
+    valid = (slot < K)[:, None] & (ids < V)
+    logits = tl.load(logits_ptr + row * logits_stride + ids, mask=valid, other=float("-inf"))
+    order = tl.where(valid & (ids != banned), _ordered(logits), -(2**31))
+    nan = float("nan")
+    for i in range(K):
+        best, token, order = _take_best(order, ids)
+        value = (best ^ ((best >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True) - lse
+        # a broken row names token 0: the next step of a captured graph may look it up before anyone has seen the NaN
+        tl.store(values_ptr + row * K + i, tl.where(broken, nan, value))
+        tl.store(ids_ptr + row * K + i, tl.where(broken, 0, token))
+    tl.store(lse_ptr + row, tl.where(broken, nan, lse))

@@ -1,0 +1,193 @@
+"""Launcher of `head_topk`. R rows, D features, V vocabulary, V_pad stored rows of the head, k tokens a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kernels.head_topk.operands import Int8Head, TopTokens
+from kernels.head_topk.tiles import HeadTiles, select_tiles
+from kernels.launch import check, next_power_of_two, overlap
+
+_MAX_K = 17  # two tokens for each of eight beams, and one
+_MAX_CHUNKS = 8192  # the second launch holds one number for each in registers
+
+
+def head_topk(
+    x: torch.Tensor,
+    weight: torch.Tensor | Int8Head,
+    *,
+    k: int,
+    vocab_size: int,
+    banned: torch.Tensor | None = None,
+    logits_scratch: torch.Tensor | None = None,
+    out: TopTokens | None = None,
+    tiles: HeadTiles | None = None,
+) -> TopTokens:
+    """The k best next tokens of every row, by log-probability: log_softmax(x W^T) and its top k in one pass over W.
+
+    x fp32/bf16/fp16[R, D], already normalised; weight [V_pad, D] in x's dtype, or an `Int8Head`. Rows of the weight from
+    vocab_size on are padding and are not read. Logits are accumulated and compared in fp32; values are logit -
+    log_sum_exp, best first; equal values: lowest token id first. banned int32[R]: one token id that a row may not choose
+    (-1: none); it still counts in log_sum_exp. A row with NaN or +inf among its logits (or nothing but -inf) gets NaN values
+    and log_sum_exp and token id 0; other rows do not notice. logits_scratch: fp32[>= R, >= vocab_size] for the logits that
+    are read again (gated tiles write a part of it only); out: result of an earlier call to overwrite; both are allocated
+    when missing. tiles: default select_tiles; with fixed_tiles a row's bits do not depend on R or on other rows.
+    Two launches (gated tiles: and one fill), no host sync, same bits every run. Raises ValueError for arguments that do not
+    belong together.
+    """
+    num_rows, num_features = x.shape
+    _check(x, weight, k, vocab_size, banned)
+    out = _empty_result(x, k) if out is None else out
+    check(
+        out.values.shape == (num_rows, k) and out.token_ids.shape == (num_rows, k) and out.log_sum_exp.shape == (num_rows,),
+        f"out is for {tuple(out.values.shape)} values; make it [{num_rows}, {k}]",
+    )
+    bits = 8 if isinstance(weight, Int8Head) else 16
+    tiles = tiles or select_tiles(num_rows, num_features, vocab_size, bits, x.device, x.dtype)
+    num_chunks = -(-vocab_size // tiles.block_vocab)
+    check(num_chunks <= _MAX_CHUNKS, f"{num_chunks} chunks of the vocabulary; choose tiles with a larger block_vocab")
+    # int8 codes come through descriptors wrong now and then (Triton 3.6, H100, 64 rows and more): never asked for.
+    check(not (tiles.tma and bits == 8), "tensor descriptors are for 16-bit weights: choose tiles with tma=False")
+    check(not tiles.tma or num_features % 16 == 0, f"{num_features} features; tensor descriptors need a multiple of 16")
+    if logits_scratch is None:
+        logits_scratch = torch.empty((num_rows, -(-vocab_size // 64) * 64), dtype=torch.float32, device=x.device)
+    check(
+        logits_scratch.dtype == torch.float32
+        and logits_scratch.is_contiguous()
+        and logits_scratch.shape[0] >= num_rows
+        and logits_scratch.shape[1] >= vocab_size,
+        f"logits_scratch must be contiguous fp32[>= {num_rows}, >= {vocab_size}]",
+    )
+    if num_rows:
+        _launch(x, weight, k, vocab_size, banned, logits_scratch, out, tiles)
+    return out
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor | Int8Head,
+    k: int,
+    vocab_size: int,
+    banned: torch.Tensor | None,
+    logits: torch.Tensor,
+    out: TopTokens,
+    tiles: HeadTiles,
+) -> None:
+    from kernels.head_topk.kernel import head_chunk_kernel, head_merge_kernel
+
+    num_rows, num_features = x.shape
+    matrix, scales = (weight.codes, weight.scales) if isinstance(weight, Int8Head) else (weight, logits)
+    num_chunks = -(-vocab_size // tiles.block_vocab)
+    # two allocations: halves of one might not be aligned, and Triton compiles another kernel for an unaligned pointer
+    maxima, sums = logits.new_empty((num_rows, num_chunks)), logits.new_empty((num_rows, num_chunks))
+    banned_logits = logits.new_empty(num_rows)
+    bits = 8 if isinstance(weight, Int8Head) else 16
+    constants = chunk_constants(num_features, k, bits, banned is not None, tiles)
+    thresholds = logits
+    if tiles.gated:
+        thresholds = logits.new_full((num_rows, constants["GROUPS"]), float("-inf"))
+    head_chunk_kernel[(num_chunks * -(-num_rows // (tiles.block_rows + tiles.extra_rows)),)](
+        *operands(x, matrix[:vocab_size], tiles),
+        scales,
+        out.token_ids if banned is None else banned,
+        thresholds,
+        maxima,
+        sums,
+        banned_logits,
+        logits,
+        num_rows,
+        vocab_size,
+        logits.shape[1],
+        **constants,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **overlap(x),
+    )
+    head_merge_kernel[(num_rows,)](
+        maxima,
+        sums,
+        out.token_ids if banned is None else banned,
+        banned_logits,
+        logits,
+        out.values,
+        out.token_ids,
+        out.log_sum_exp,
+        vocab_size,
+        logits.shape[1],
+        **merge_constants(k, vocab_size, banned is not None, tiles),
+        num_warps=4,
+        **overlap(x),
+    )
+
+
+def operands(x: torch.Tensor, matrix: torch.Tensor, tiles: HeadTiles) -> tuple[Any, Any, Any]:
+    """The kernel's x, w and x_rest: tensors, or tensor descriptors, whose reads past the end give zeros."""
+    if not tiles.tma:
+        return x, matrix, x
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    def describe(tensor: torch.Tensor, rows: int) -> Any:
+        return TensorDescriptor.from_tensor(tensor, [rows, tiles.block_features])
+
+    return describe(x, tiles.block_rows), describe(matrix, tiles.block_vocab), describe(x, tiles.extra_rows or 16)
+
+
+def chunk_constants(num_features: int, k: int, bits: int, has_banned: bool, tiles: HeadTiles) -> dict[str, Any]:
+    """Compile-time arguments of `head_chunk_kernel`; the tuner and the compile check build the same ones."""
+    return {
+        "D": num_features,
+        "BITS": bits,
+        "BV": tiles.block_vocab,
+        "BR": tiles.block_rows,
+        "BR2": tiles.extra_rows,
+        "BK": tiles.block_features,
+        "SLICE": tiles.slice_rows,
+        "GROUPS": next_power_of_two(k),
+        "HAS_BANNED": has_banned,
+        "GATED": tiles.gated,
+        "TMA": tiles.tma,
+    }
+
+
+def merge_constants(k: int, vocab_size: int, has_banned: bool, tiles: HeadTiles) -> dict[str, Any]:
+    """Compile-time arguments of `head_merge_kernel`."""
+    return {
+        "BV": tiles.block_vocab,
+        "C_PAD": next_power_of_two(-(-vocab_size // tiles.block_vocab)),
+        "K": k,
+        "K_PAD": next_power_of_two(k),
+        "HAS_BANNED": has_banned,
+    }
+
+
+def _empty_result(x: torch.Tensor, k: int) -> TopTokens:
+    return TopTokens(
+        torch.empty((x.shape[0], k), dtype=torch.float32, device=x.device),
+        torch.empty((x.shape[0], k), dtype=torch.int32, device=x.device),
+        torch.empty(x.shape[0], dtype=torch.float32, device=x.device),
+    )
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor | Int8Head, k: int, vocab_size: int, banned: torch.Tensor | None) -> None:
+    matrix = weight.codes if isinstance(weight, Int8Head) else weight
+    check(
+        matrix.dim() == 2 and matrix.shape[1] == x.shape[1],
+        f"weight is {tuple(matrix.shape)}; x wants [V_pad, {x.shape[1]}]",
+    )
+    check(1 <= vocab_size <= matrix.shape[0], f"vocab_size is {vocab_size}; the weight has {matrix.shape[0]} rows")
+    check(
+        isinstance(weight, Int8Head) or matrix.dtype == x.dtype,
+        f"weight is {matrix.dtype}, x is {x.dtype}: convert one of them",
+    )
+    check(matrix.device == x.device, f"weight is on {matrix.device}, x on {x.device}: move one of them")
+    check(x.is_contiguous() and matrix.is_contiguous(), "x and weight must be contiguous: call .contiguous()")
+    check(1 <= k <= _MAX_K, f"k is {k}; choose 1 to {_MAX_K}")
+    choosable = vocab_size - (banned is not None)
+    check(k <= choosable, f"k is {k}, but a row can choose among {choosable} tokens only: choose a smaller k")
+    if banned is not None:
+        check(
+            banned.dtype == torch.int32 and banned.shape == (x.shape[0],) and banned.is_contiguous(),
+            f"banned must be int32[{x.shape[0]}], one token id for each row (-1: none)",
+        )

@@ -1,0 +1,31 @@
+"""Plain torch truth of `head_topk`. R rows, D features, V vocabulary, k tokens a row."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.head_topk.operands import Int8Head, TopTokens
+
+
+def head_topk_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor | Int8Head,
+    *,
+    k: int,
+    vocab_size: int,
+    banned: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> TopTokens:
+    """Same contract as `head_topk`, computed in `dtype`; values and log_sum_exp are returned in it."""
+    matrix = weight.dequantized(dtype) if isinstance(weight, Int8Head) else weight.to(dtype)
+    logits = x.to(dtype) @ matrix[:vocab_size].T
+    log_sum_exp = torch.logsumexp(logits, 1)
+    if banned is not None:
+        ids = torch.arange(vocab_size, device=x.device)
+        logits = torch.where(ids == banned[:, None], float("-inf"), logits)
+    # a stable sort keeps the lowest id first among equals, which topk does not promise
+    order = torch.sort(logits, dim=1, descending=True, stable=True)
+    values, token_ids = order.values[:, :k] - log_sum_exp[:, None], order.indices[:, :k].int()
+    broken = ~log_sum_exp.isfinite()
+    values[broken], token_ids[broken], log_sum_exp[broken] = float("nan"), 0, float("nan")
+    return TopTokens(values, token_ids, log_sum_exp)

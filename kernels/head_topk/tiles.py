@@ -1,0 +1,69 @@
+"""Which tiles `head_topk` runs with: from shape alone, so that a step can be captured.
+
+R rows, D features, V vocabulary. Measured choices live in kernels/configs/<device>/head_topk.json (written by
+kernels.head_tune); a device without that file gets `default_tiles`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from kernels.launch import check
+from kernels.tile_configs import measured_choice
+
+_FIXED_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTiles:
+    """block_vocab: logits a chunk. block_rows + extra_rows (0: none): rows a program; both parts share one read of the
+    weights (128 + 32 cuts 320 rows without waste). block_features: inputs a step. slice_rows: rows whose maxima and sums are
+    taken at a time: fewer need fewer registers, more need fewer barriers. gated: skip storing logits of chunks that cannot
+    hold a result (meant for a few dozen rows and more). tma: load through tensor descriptors (D a multiple of 16).
+    """
+
+    block_vocab: int
+    block_rows: int
+    extra_rows: int = 0
+    block_features: int = 64
+    warps: int = 4
+    stages: int = 3
+    slice_rows: int = 32
+    gated: bool = False
+    tma: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.block_vocab in (16, 32, 64, 128, 256), f"block_vocab is {self.block_vocab}; choose 16 to 256")
+        check(self.block_rows in (16, 32, 64, 128, 256), f"block_rows is {self.block_rows}; choose 16 to 256")
+        check(self.extra_rows in (0, 16, 32, 64, 128), f"extra_rows is {self.extra_rows}; choose 0 or 16 to 128")
+        check(self.slice_rows in (16, 32, 64, 128), f"slice_rows is {self.slice_rows}; choose 16 to 128")
+        check(self.block_features in (16, 32, 64, 128), f"block_features is {self.block_features}; choose 16 to 128")
+
+
+def default_tiles(num_rows: int, dtype: torch.dtype) -> HeadTiles:
+    """Safe on any device: no more than 64 KB of shared memory."""
+    if num_rows <= 32:
+        return HeadTiles(64, 16 if num_rows <= 16 else 32, stages=2 if dtype == torch.float32 else 3)
+    return HeadTiles(128, 64, block_features=32, warps=8, stages=2 if dtype == torch.float32 else 3, gated=True)
+
+
+def select_tiles(
+    num_rows: int, num_features: int, vocab_size: int, bits: int, device: torch.device, dtype: torch.dtype
+) -> HeadTiles:
+    """Tiles for R rows of a head of these sizes; bits 8 for an `Int8Head`, else 16. fp32 has no measured choice."""
+    found = None
+    if dtype != torch.float32:
+        shape = {"bits": bits, "d": num_features, "v": vocab_size}
+        found = measured_choice("head_topk", device, shape=shape, size=num_rows)
+    return default_tiles(num_rows, dtype) if found is None else HeadTiles(**found)  # type: ignore[arg-type]
+
+
+def fixed_tiles(num_features: int, vocab_size: int, bits: int, device: torch.device, dtype: torch.dtype) -> HeadTiles:
+    """The same tiles for every number of rows: a row's bits then do not depend on how many rows run with it.
+
+    It is the choice for 64 rows, without extra rows: those lie in a dot of another width than the first ones.
+    """
+    return dataclasses.replace(select_tiles(_FIXED_ROWS, num_features, vocab_size, bits, device, dtype), extra_rows=0)

@@ -1,0 +1,179 @@
+"""Offline sweep of `head_topk` tiles: python -m kernels.head_tune --out DIR [--rows 1 320] [--bits 16 8] [--limit-s S].
+
+Compiles every candidate ahead in a pool, then checks and times them breadth first: the first candidate of every size, then
+the second, until the time is over. Writes DIR/head_sweep.jsonl as it goes and DIR/head_topk.json at the end (the choices,
+with their birth certificate: copy it to kernels/configs/<device>/).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.compile_ahead import compile_ahead
+from kernels.head_bench import HEAD_ROWS, HEADS, HeadBed, HeadPoint
+from kernels.head_topk.jobs import head_jobs
+from kernels.head_topk.tiles import HeadTiles, default_tiles
+from kernels.tune import certificate
+
+# block_vocab, block_rows, extra_rows, block_features, warps, stages; likely ones first
+_FEW_ROWS = (
+    (64, 0, 64, 4, 4),
+    (128, 0, 64, 4, 4),
+    (64, 0, 128, 4, 3),
+    (64, 0, 64, 4, 6),
+    (128, 0, 128, 4, 3),
+    (128, 0, 64, 4, 3),
+    (64, 0, 128, 4, 4),
+    (128, 0, 128, 8, 3),
+    (256, 0, 64, 8, 3),
+    (32, 0, 128, 2, 4),
+)
+_SOME_ROWS = (
+    (128, 0, 64, 4, 4),
+    (128, 0, 64, 4, 3),
+    (64, 0, 64, 4, 4),
+    (256, 0, 64, 8, 3),
+    (128, 0, 64, 8, 4),
+    (128, 0, 128, 8, 3),
+    (256, 0, 64, 8, 4),
+    (64, 0, 128, 4, 3),
+)
+_MANY_ROWS = (
+    (256, 128, 32, 64, 8, 4),
+    (128, 128, 0, 64, 8, 3),
+    (128, 128, 32, 64, 8, 3),
+    (256, 128, 0, 64, 8, 4),
+    (128, 128, 32, 64, 4, 3),
+    (128, 256, 64, 64, 8, 4),
+    (128, 64, 0, 64, 4, 4),
+    (128, 128, 0, 64, 4, 3),
+    (256, 64, 16, 64, 8, 4),
+    (256, 64, 0, 64, 8, 3),
+    (256, 128, 32, 64, 8, 3),
+    (64, 256, 64, 64, 8, 3),
+    (256, 64, 0, 64, 8, 4),
+    (128, 128, 0, 64, 8, 4),
+)
+
+
+def candidates(num_rows: int, bits: int) -> list[HeadTiles]:
+    """Tiles worth timing for this size, breadth first: every tile before its other modes."""
+    if num_rows <= 64:
+        block_rows = next(b for b in (16, 32, 64) if num_rows <= b)
+        base = [HeadTiles(s[0], block_rows, *s[1:]) for s in (_FEW_ROWS if num_rows <= 32 else _SOME_ROWS)]
+    else:
+        base = [HeadTiles(*s) for s in _MANY_ROWS if s[1] + s[2] <= 2 * num_rows]
+    base = [dataclasses.replace(t, gated=num_rows > 32) for t in base]
+    ways: tuple[dict[str, Any], ...] = ({"tma": True}, {})
+    if num_rows > 32:
+        ways += ({"tma": True, "slice_rows": 64}, {"tma": True, "gated": False}, {"gated": False})
+    found = [default_tiles(num_rows, torch.bfloat16), *(dataclasses.replace(t, **way) for way in ways for t in base)]
+    return [t for t in dict.fromkeys(found) if bits == 16 or not t.tma]
+
+
+def compiled(points: list[tuple[int, int, int, int]], capability: int) -> tuple[set[tuple[Any, ...]], list[str]]:
+    """The (V, D, bits, tiles) that compile, and what was wrong with the others; points are (V, D, bits, R)."""
+    variants = list(dict.fromkeys((v, d, bits, t) for v, d, bits, rows in points for t in candidates(rows, bits)))
+    owners, jobs = [], []
+    for v, d, bits, tiles in variants:
+        for job in head_jobs(d, v, 8, bits, tiles):
+            owners.append((v, d, bits, tiles))
+            jobs.append(job)
+    results = list(zip(owners, compile_ahead(jobs, capability), strict=True))
+    bad = {owner for owner, result in results if result.error or result.shared_bytes > 232448}
+    troubles = [f"{owner}: {result.error or result.shared_bytes}" for owner, result in results if owner in bad]
+    return set(variants) - bad, troubles
+
+
+def attempt(point: HeadPoint, tiles: HeadTiles) -> dict[str, Any]:
+    """`point.measure`, or the error as a result: one failing candidate must not end the sweep."""
+    try:
+        return point.measure(tiles)
+    except (RuntimeError, ValueError) as error:
+        return {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
+
+
+def device_lives() -> bool:
+    """Whether the GPU still answers: an illegal access spoils the whole process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def sweep(
+    points: list[tuple[int, int, int, int]], usable: set[tuple[Any, ...]], out: Path, deadline: float
+) -> list[dict[str, Any]]:
+    """Measure every candidate of every point, one of each point at a time; stops at the deadline (time.perf_counter)."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    beds: dict[tuple[int, int, int], HeadBed] = {}
+    lists: dict[tuple[int, int, int, int], list[HeadTiles]] = {}
+    results: list[dict[str, Any]] = []
+    for point in points:
+        v, d, bits, rows = point
+        if (v, d, bits) not in beds:
+            beds[v, d, bits] = HeadBed.build(v, d, bits)
+        lists[point] = [t for t in candidates(rows, bits) if (v, d, bits, t) in usable]
+    with (out / "head_sweep.jsonl").open("w", encoding="utf-8") as file:
+        for rank in range(max(map(len, lists.values()))):
+            for point in points:
+                if rank >= len(lists[point]):
+                    continue
+                if time.perf_counter() > deadline or not device_lives():
+                    print(f"stopped before candidate {rank} of {point}: out of time, or the GPU does not answer", flush=True)
+                    return results
+                v, d, bits, rows = point
+                tiles = lists[point][rank]
+                found = attempt(beds[v, d, bits].point(rows), tiles)
+                results.append({"v": v, "d": d, "bits": bits, "rows": rows, "tiles": dataclasses.asdict(tiles)} | found)
+                file.write(json.dumps(results[-1]) + "\n")
+                file.flush()
+    return results
+
+
+def summarize(results: list[dict[str, Any]], out: Path, device: str) -> None:
+    """Print the best of each point and write head_topk.json."""
+    entries = []
+    for point in sorted({(r["v"], r["d"], r["bits"], r["rows"]) for r in results}):
+        rows = [r for r in results if (r["v"], r["d"], r["bits"], r["rows"]) == point]
+        good = sorted((r for r in rows if r["ok"]), key=lambda r: r["us"])
+        bad = [r for r in rows if not r["ok"]]
+        shown = " | ".join(f"{r['us']:.1f} {list(r['tiles'].values())}" for r in good[:4])
+        print(f"V={point[0]} D={point[1]} bits={point[2]} R={point[3]}: {shown}  BAD {len(bad)} {bad[:1]}", flush=True)
+        if good:
+            shape = {"bits": point[2], "d": point[1], "v": point[0]}
+            entries.append({"shape": shape, "max_size": point[3], "choice": good[0]["tiles"], "us": round(good[0]["us"], 2)})
+    report = {"certificate": certificate(device), "entries": entries}
+    (out / "head_topk.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")), help="folder for the results")
+    parser.add_argument("--rows", nargs="+", type=int, default=list(HEAD_ROWS))
+    parser.add_argument("--bits", nargs="+", type=int, default=[16, 8], choices=[16, 8])
+    parser.add_argument("--limit-s", type=float, default=300.0, help="seconds for everything together")
+    parser.add_argument("--capability", type=int, default=90, help="compute capability of this GPU (90: H100, H200)")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    options.out.mkdir(parents=True, exist_ok=True)
+    points = [(v, d, bits, rows) for v, d in HEADS for bits in options.bits for rows in options.rows]
+    usable, troubles = compiled(points, options.capability)
+    print(f"compiled {len(usable)} variants in {time.perf_counter() - started:.0f} s; left out {troubles}", flush=True)
+    results = sweep(points, usable, options.out, started + options.limit_s)
+    summarize(results, options.out, torch.cuda.get_device_name())
+    return 0 if all(r["ok"] for r in results) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

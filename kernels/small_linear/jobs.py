@@ -1,0 +1,88 @@
+"""Compile jobs of the small linear kernels: the argument types of a real launch, for `kernels.compile_ahead`."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.compile_ahead import Job
+from kernels.small_linear.constants import finish_constants, gemm_constants, statistics_constants
+from kernels.small_linear.tiles import LinearTiles
+
+_MODULE = "kernels.small_linear.kernel"
+_I32 = torch.int32
+
+
+def linear_jobs(
+    n: int,
+    k: int,
+    tiles: LinearTiles,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    int8: bool = False,
+    norm: bool = False,
+    relu: bool = False,
+    mode: int = 0,
+    hopper: bool = False,
+) -> list[Job]:
+    """Jobs that cover one call with these tiles (mode 0: plain, 1: residual, 2: keys and values into the cache)."""
+    f32 = torch.float32
+    index = _I32 if mode == 2 else dtype
+    vector = f32 if norm else dtype
+    if tiles.library:
+        constants = finish_constants(n, k, norm=norm, relu=relu, mode=mode)
+        finish = (vector, dtype, vector, vector, dtype, dtype, index, index, 17, 17, 17, 1e-5)
+        return [(_MODULE, "finish_linear_kernel", finish, constants)]
+    jobs: list[Job] = []
+    if norm and not tiles.sums_rows:
+        jobs.append((_MODULE, "row_statistics_kernel", (dtype, f32, 1e-5), statistics_constants(k)))
+    how = 0 if not norm else 1 if tiles.sums_rows else 2
+    constants = gemm_constants(
+        n, k, tiles, int8=int8, bias=True, norm=how, relu=relu, mode=mode, hopper=hopper, aligned=True
+    )
+    weight = torch.int8 if int8 else dtype
+    args = (
+        dtype,
+        weight,
+        f32 if int8 else dtype,
+        vector,
+        f32 if norm else weight,
+        f32 if how == 2 else weight,
+        dtype,
+        dtype,
+        index,
+        index,
+        *((f32, _I32) if tiles.split > 1 else (dtype, dtype)),
+        17,
+        17,
+        17,
+        1e-5,
+    )
+    return [*jobs, (_MODULE, "small_linear_kernel", args, constants)]
+
+
+def default_jobs(d_model: int, capability: int) -> list[Job]:
+    """What the default tiles of a decoder layer (D, F = 4 D) ask of a device of this capability, and a few others."""
+    from kernels.small_linear.tiles import default_tiles
+
+    dtype = torch.float16 if capability < 80 else torch.bfloat16
+    d = d_model
+    found: list[Job] = []
+    # (N, K, norm, relu, mode): fused QKV, output projection, both of the feed-forward
+    for n, k, norm, relu, mode in (
+        (3 * d, d, True, False, 2),
+        (d, d, False, False, 1),
+        (4 * d, d, True, True, 0),
+        (d, 4 * d, False, False, 1),
+    ):
+        for bits in (8, 16):
+            wanted = {default_tiles(n, k, rows, bits, fixed=False) for rows in (1, 32, 64, 320)}
+            wanted |= {default_tiles(n, k, 1, bits, fixed=True), LinearTiles(32, 128, 16, split=4, fuse_norm=False)}
+            if capability >= 90:
+                wanted |= {LinearTiles(16, 256, 16, stages=3, prefetch=True, overlap=overlap) for overlap in (False, True)}
+            for tiles in sorted(wanted, key=repr):
+                if bits != 8 or not tiles.library:
+                    found += linear_jobs(
+                        n, k, tiles, dtype, int8=bits == 8, norm=norm, relu=relu, mode=mode, hopper=capability >= 90
+                    )
+    found += linear_jobs(d, d, default_tiles(d, d, 64, 32, fixed=False), torch.float32, norm=True)
+    return found

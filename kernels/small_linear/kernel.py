@@ -1,0 +1,275 @@
+"""Linear map over few rows: weights are the wide (M) operand of each dot, rows the n side.
+
+A layer norm in front is folded into the weights (`folded.py`): the product is of raw rows, and what the norm asks of each
+row, y = rstd * (x W'^T - mean * s) + c, is applied to the sums.
+
+R rows, N output features, K input features. MODE 0: out [R, N]; 1: out is the residual, added to in place; 2: queries
+[R, N/3] to out, keys and values into the cache cells [cells, positions, 2, N/3].
+"""
+
+import triton
+import triton.language as tl
+
+# One thread asks the copy engine to bring [$1, $1 + $2) bytes into L2; $2 is a multiple of 16.
+PREFETCH_PTX = tl.constexpr(
+    "{.reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
+    "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;}"
+)
+
+
+@triton.jit
+def _row_statistics(x_row, eps, K: tl.constexpr, K_PAD: tl.constexpr):
+    """Mean and 1 / standard deviation of one row, the mean taken off before squaring."""
+    k = tl.arange(0, K_PAD)
+    mask = k < K
+    x = tl.load(x_row + k, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 0) / K
+    centered = tl.where(mask, x - mean, 0.0)
+    return mean, tl.rsqrt(tl.sum(centered * centered, 0) / K + eps)
+
+
+@triton.jit
+def _finish(y, out_ptrs, mask, RELU: tl.constexpr, ADD: tl.constexpr):
+    """ReLU, residual; in fp16 what would round to +-inf becomes +-(65504 - 1000), as NLLB clamps."""
+    if RELU:
+        y = tl.where(y < 0.0, 0.0, y)  # keeps NaN, as torch does
+    if ADD:
+        y += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if out_ptrs.dtype.element_ty == tl.float16:
+        y = tl.where(y >= 65520.0, 64504.0, tl.where(y <= -65520.0, -64504.0, y))
+    return y.to(out_ptrs.dtype.element_ty)
+
+
+@triton.jit
+def _store(
+    y,
+    r,
+    n,
+    live,
+    out_ptr,
+    cells_ptr,
+    rows_ptr,
+    positions_ptr,
+    num_cells,
+    num_positions,
+    N: tl.constexpr,
+    RELU: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """y fp32 of features n and rows r (each already broadcast to y's shape)."""
+    mask = live & (n < N)
+    if MODE < 2:
+        ptrs = out_ptr + r * N + n
+        tl.store(ptrs, _finish(y, ptrs, mask, RELU, MODE == 1), mask=mask)
+    else:
+        D: tl.constexpr = N // 3
+        ptrs = out_ptr + r * D + n
+        done = _finish(y, ptrs, mask, RELU, False)
+        tl.store(ptrs, done, mask=mask & (n < D))
+        row = tl.load(rows_ptr + r, mask=live, other=-1)
+        position = tl.load(positions_ptr + r, mask=live, other=-1)
+        inside = (row >= 0) & (row < num_cells) & (position >= 0) & (position < num_positions)
+        cell = row.to(tl.int64) * num_positions + position
+        tl.store(cells_ptr + cell * (2 * D) + (n - D), done, mask=mask & inside & (n >= D))
+
+
+@triton.jit(do_not_specialize=["R", "num_cells", "num_positions"])
+def small_linear_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    bias_ptr,
+    column_sums_ptr,
+    statistics_ptr,
+    out_ptr,
+    cells_ptr,
+    rows_ptr,
+    positions_ptr,
+    partial_ptr,
+    semaphore_ptr,
+    R,
+    num_cells,
+    num_positions,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    INT8: tl.constexpr,
+    BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    RELU: tl.constexpr,
+    MODE: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One program = BN features x BR rows x one of SPLIT parts of K. With SPLIT > 1 the last program of a tile adds the
+    parts in order (fp32 [SPLIT, R, N]) and leaves the tile's semaphore at zero. NORM 0: none; 1: sums and squares of the
+    rows come from the tiles of the product, less a value near the row's mean, so that no digits are lost where the mean is
+    large (fp32 [SPLIT, R, 2] after the parts: programs of other features write the same bits there); 2: mean and
+    1 / standard deviation are read from statistics [R, 2]. In fp32 the product takes rows less that value too."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    row_block = tl.program_id(0)
+    n_block = tl.program_id(1)
+    split = tl.program_id(2)
+    n = n_block * BN + tl.arange(0, BN)
+    r = (row_block * BR + tl.arange(0, BR)).to(tl.int64)
+    live = r < R
+    k = tl.arange(0, BK)
+    x_rows = x_ptr + r * K
+    if PREFETCH:  # noqa: SIM102 (the outer one is decided while compiling)
+        if row_block == 0:
+            size: tl.constexpr = 1 if INT8 else 2
+            address = (w_ptr + (n_block * BN).to(tl.int64) * K).to(tl.int64)
+            rows_here = tl.minimum(N - n_block * BN, BN)
+            tl.inline_asm_elementwise(
+                PREFETCH_PTX, "=r,l,r", [address, rows_here * (K * size)], dtype=tl.int32, is_pure=False, pack=1
+            )
+    if OVERLAP:  # all but the weights may have been written by the kernel before
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    FP32: tl.constexpr = dtype == tl.float32
+    if NORM == 1:
+        if FP32:  # the mean of a row's first features is never further off than a few standard deviations
+            near = tl.load(x_rows[None, :] + k[:, None], mask=live[None, :] & (k < K)[:, None], other=0.0)
+            shift = tl.sum(near, 0) / min(BK, K)
+        else:  # any of its values is near enough for 16 bits, and nothing waits for this load
+            shift = tl.load(x_rows, mask=live, other=0.0).to(tl.float32)
+        sums = tl.zeros((BK // 8, BR), tl.float32)
+        squares = tl.zeros((BK // 8, BR), tl.float32)
+    elif NORM == 2:
+        shift = tl.load(statistics_ptr + r * 2, mask=live, other=0.0)
+        rstd = tl.load(statistics_ptr + r * 2 + 1, mask=live, other=0.0)
+    STEPS: tl.constexpr = (K + BK * SPLIT - 1) // (BK * SPLIT)
+    EVEN_K: tl.constexpr = K % (BK * SPLIT) == 0
+    first = split * (STEPS * BK)
+    w_ptrs = w_ptr + n.to(tl.int64)[:, None] * K + (first + k)[None, :]
+    acc = tl.zeros((BN, BR), dtype=tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        at = first + step * BK + k
+        x_mask = live[None, :]
+        if EVEN_K and N % BN == 0:
+            w = tl.load(w_ptrs)
+        else:
+            w = tl.load(w_ptrs, mask=(n < N)[:, None] & (at < K)[None, :], other=0)
+        if not EVEN_K:
+            x_mask = x_mask & (at < K)[:, None]
+        x = tl.load(x_rows[None, :] + at[:, None], mask=x_mask, other=0.0)
+        if NORM == 1 or (NORM == 2 and FP32):
+            centered = x.to(tl.float32) - shift[None, :]
+            if not EVEN_K:
+                centered = tl.where((at < K)[:, None], centered, 0.0)
+            if NORM == 1:
+                lanes = tl.reshape(centered, (BK // 8, 8, BR))  # 8: what one thread loads at once
+                sums += tl.sum(lanes, 1)
+                squares += tl.sum(lanes * lanes, 1)
+            if FP32:
+                x = centered
+        acc = tl.dot(w.to(dtype), x, acc, input_precision="ieee")
+        w_ptrs += BK
+    if NORM == 1:
+        row_sum = tl.sum(sums, 0)
+        row_squares = tl.sum(squares, 0)
+    last = True
+    if SPLIT > 1:
+        mask = live[None, :] & (n < N)[:, None]
+        part_ptrs = partial_ptr + r[None, :] * N + n[:, None]
+        stride = R.to(tl.int64) * N
+        tl.store(part_ptrs + split * stride, acc, mask=mask)
+        row_ptrs = partial_ptr + SPLIT * stride + r * 2
+        if NORM == 1:
+            tl.store(row_ptrs + split * R * 2, row_sum, mask=live)
+            tl.store(row_ptrs + split * R * 2 + 1, row_squares, mask=live)
+        tl.debug_barrier()  # every thread's stores come before thread 0's release
+        semaphore = semaphore_ptr + n_block * tl.num_programs(0) + row_block
+        last = tl.atomic_add(semaphore, 1, sem="acq_rel") == SPLIT - 1
+        if last:
+            acc = tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+            for part in tl.static_range(1, SPLIT):
+                acc += tl.load(part_ptrs + part * stride, mask=mask, other=0.0, cache_modifier=".cg")
+            if NORM == 1:
+                row_sum = tl.load(row_ptrs, mask=live, other=0.0, cache_modifier=".cg")
+                row_squares = tl.load(row_ptrs + 1, mask=live, other=0.0, cache_modifier=".cg")
+                for part in tl.static_range(1, SPLIT):
+                    row_sum += tl.load(row_ptrs + part * R * 2, mask=live, other=0.0, cache_modifier=".cg")
+                    row_squares += tl.load(row_ptrs + part * R * 2 + 1, mask=live, other=0.0, cache_modifier=".cg")
+            tl.store(semaphore, 0)
+    if last:
+        y = acc
+        if INT8:
+            y = y * tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
+        if NORM == 1:
+            mean = row_sum / K  # of what is left of the row
+            variance = row_squares / K - mean * mean
+            rstd = tl.rsqrt(tl.where(variance < 0.0, 0.0, variance) + eps)  # keeps NaN
+            if not FP32:
+                mean += shift
+        elif NORM == 2:
+            mean = tl.zeros((BR,), tl.float32) if FP32 else shift
+        if NORM > 0:
+            y -= tl.load(column_sums_ptr + n, mask=n < N, other=0.0)[:, None] * mean[None, :]
+            y *= rstd[None, :]
+        if BIAS:
+            y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        _store(
+            y,
+            r[None, :],
+            n[:, None],
+            live[None, :],
+            out_ptr,
+            cells_ptr,
+            rows_ptr,
+            positions_ptr,
+            num_cells,
+            num_positions,
+            N,
+            RELU,
+            MODE,
+        )
+
+
+@triton.jit
+def row_statistics_kernel(x_ptr, statistics_ptr, eps, K: tl.constexpr, K_PAD: tl.constexpr):
+    """One program = mean and 1 / standard deviation of one row, for tiles that do not sum up rows themselves."""
+    row = tl.program_id(0).to(tl.int64)
+    mean, rstd = _row_statistics(x_ptr + row * K, eps, K, K_PAD)
+    tl.store(statistics_ptr + row * 2, mean)
+    tl.store(statistics_ptr + row * 2 + 1, rstd)
+
+
+@triton.jit(do_not_specialize=["R", "num_cells", "num_positions"])
+def finish_linear_kernel(
+    product_ptr,
+    x_ptr,
+    column_sums_ptr,
+    bias_ptr,
+    out_ptr,
+    cells_ptr,
+    rows_ptr,
+    positions_ptr,
+    R,
+    num_cells,
+    num_positions,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    NORM: tl.constexpr,
+    RELU: tl.constexpr,
+    MODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What follows a library GEMM: one program = BLOCK features of one row of product [R, N]; NORM: of raw rows, fp32."""
+    r = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(product_ptr + r * N + n, mask=n < N, other=0.0).to(tl.float32)
+    if NORM:
+        mean, rstd = _row_statistics(x_ptr + r * K, eps, K, K_PAD)
+        y = (y - tl.load(column_sums_ptr + n, mask=n < N, other=0.0) * mean) * rstd
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0)
+    live = (n < N) & (r < R)
+    rows = r + tl.zeros((BLOCK,), tl.int64)
+    _store(y, rows, n, live, out_ptr, cells_ptr, rows_ptr, positions_ptr, num_cells, num_positions, N, RELU, MODE)

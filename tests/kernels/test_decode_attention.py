@@ -1,0 +1,257 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from kernels.attention_checks import (
+    CrossCase,
+    SelfCase,
+    SelfInputs,
+    attention_failures,
+    check_inputs,
+    cross_cases,
+    cross_inputs,
+    encoder_cases,
+    self_cases,
+    self_inputs,
+)
+from kernels.checks import LIMITS
+from kernels.decode_attention import (
+    decode_cross_attention,
+    decode_cross_attention_reference,
+    decode_self_attention,
+    decode_self_attention_reference,
+)
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("case", self_cases(large=False), ids=lambda c: c.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_self_in_the_interpreter_matches_reference(case: SelfCase, dtype: torch.dtype, cpu: torch.device) -> None:
+    assert check_inputs(self_inputs(case, cpu, dtype)) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("case", cross_cases(large=False), ids=lambda c: c.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_cross_in_the_interpreter_matches_reference(case: CrossCase, dtype: torch.dtype, cpu: torch.device) -> None:
+    assert check_inputs(cross_inputs(case, cpu, dtype)) <= LIMITS[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", self_cases(large=True), ids=lambda c: c.name[:60])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+def test_self_on_the_gpu_matches_reference(case: SelfCase, dtype: torch.dtype, cuda: torch.device) -> None:
+    assert check_inputs(self_inputs(case, cuda, dtype)) <= LIMITS[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", cross_cases(large=True), ids=lambda c: c.name[:60])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+def test_cross_on_the_gpu_matches_reference(case: CrossCase, dtype: torch.dtype, cuda: torch.device) -> None:
+    assert check_inputs(cross_inputs(case, cuda, dtype)) <= LIMITS[dtype]
+
+
+def test_self_reference_is_torch_attention() -> None:
+    # Two beams that shared a parent until position 2: every key and value is gathered by hand here.
+    q, cells = torch.randn(2, 32), torch.randn(3, 5, 2, 2, 16)
+    ancestry = torch.tensor([[2, 2, 0, 0, 9], [9, 9, 9, 9, 9], [2, 2, 0, 2, 9]], dtype=torch.int32)
+    rows, positions = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([3, 4], dtype=torch.int32)
+    first = torch.stack((cells[2, 0], cells[2, 1], cells[0, 2], cells[0, 3]))
+    second = torch.stack((cells[2, 0], cells[2, 1], cells[0, 2], cells[2, 3], cells[2, 4]))
+    out = decode_self_attention_reference(q, cells, ancestry, rows, positions, num_heads=2)
+    for entry, history in enumerate((first, second)):
+        key, value = history.permute(1, 2, 0, 3).unbind(0)
+        wanted = functional.scaled_dot_product_attention(q[entry].view(2, 1, 16), key, value)
+        torch.testing.assert_close(out[entry], wanted.flatten())
+
+
+def test_cross_reference_is_torch_attention() -> None:
+    q, cells = torch.randn(5, 32), torch.randn(2, 6, 2, 2, 16)
+    slots, starts, counts, lengths = (torch.tensor(v, dtype=torch.int32) for v in ([1, 0], [0, 3], [3, 2], [6, 4]))
+    out = decode_cross_attention_reference(q, cells, lengths, slots, starts, counts, num_heads=2)
+    for slot, entries, length in ((1, slice(0, 3), 4), (0, slice(3, 5), 6)):
+        key, value = cells[slot, :length].permute(1, 2, 0, 3).unbind(0)
+        query = q[entries].view(-1, 2, 16).transpose(0, 1)
+        wanted = functional.scaled_dot_product_attention(query, key, value).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(out[entries], wanted)
+
+
+def alone(inputs: SelfInputs, entry: int, place: int, size: int) -> SelfInputs:
+    """The same entry at another place of a batch of inactive entries."""
+    q = torch.full((size, inputs.q.shape[1]), math.nan, dtype=inputs.q.dtype, device=inputs.q.device)
+    rows, positions = torch.full_like(inputs.rows[:1], -1).repeat(size), inputs.positions[:1].repeat(size)
+    q[place], rows[place], positions[place] = inputs.q[entry], inputs.rows[entry], inputs.positions[entry]
+    return dataclasses.replace(inputs, q=q, rows=rows, positions=positions)
+
+
+def check_self_batch_mates(device: torch.device, dtype: torch.dtype) -> None:
+    inputs = self_inputs(SelfCase(2, 64, (20, 20, 20, 71, 5, 1), beam=3), device, dtype)
+    together = inputs.run()
+    for entry, place, size in ((0, 0, 1), (1, 6, 9), (3, 1, 2), (4, 4, 5), (5, 3, 4)):
+        assert torch.equal(alone(inputs, entry, place, size).run()[place], together[entry])
+
+
+def test_self_bits_do_not_depend_on_the_batch(cpu: torch.device) -> None:
+    check_self_batch_mates(cpu, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_self_bits_do_not_depend_on_the_batch_on_the_gpu(dtype: torch.dtype, cuda: torch.device) -> None:
+    check_self_batch_mates(cuda, dtype)
+
+
+def check_cross_batch_mates(device: torch.device, dtype: torch.dtype) -> None:
+    inputs = cross_inputs(CrossCase(2, 64, (3, 8, 1), (40, 75, 9)), device, dtype)
+    together = inputs.run()
+    for group in range(3):
+        start, count = int(inputs.group_starts[group]), int(inputs.group_counts[group])
+        for entry in range(start, start + count):
+            one = dataclasses.replace(
+                inputs,
+                q=inputs.q[entry : entry + 1],
+                group_slots=inputs.group_slots[group : group + 1],
+                group_starts=torch.zeros_like(inputs.group_starts[:1]),
+                group_counts=torch.ones_like(inputs.group_counts[:1]),
+            )
+            assert torch.equal(one.run()[0], together[entry])
+
+
+def test_cross_bits_do_not_depend_on_the_batch(cpu: torch.device) -> None:
+    check_cross_batch_mates(cpu, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_cross_bits_do_not_depend_on_the_batch_on_the_gpu(dtype: torch.dtype, cuda: torch.device) -> None:
+    check_cross_batch_mates(cuda, dtype)
+
+
+def test_every_failed_case_is_reported_by_name(cpu: torch.device) -> None:
+    found = list(attention_failures(cpu, torch.float32, -1.0, large=False))
+    names = [case.name for case in (*self_cases(large=False), *cross_cases(large=False), *encoder_cases(large=False))]
+    assert [line.split()[3].rstrip(":") for line in found] == names
+    assert {line.split()[0] for line in found} == {"Self", "Cross", "Encoder"}
+
+
+def test_large_scores_do_not_overflow(cpu: torch.device) -> None:
+    inputs = self_inputs(SelfCase(1, 16, (40, 3)), cpu, torch.float32)
+    assert check_inputs(dataclasses.replace(inputs, q=inputs.q * 1e4)) <= LIMITS[torch.float32]
+
+
+def test_no_entries_and_no_groups(cpu: torch.device) -> None:
+    inputs, groups = (
+        self_inputs(SelfCase(1, 16, (4,)), cpu, torch.float32),
+        cross_inputs(CrossCase(1, 16, (1,), (4,)), cpu, torch.float32),
+    )
+    assert dataclasses.replace(inputs, q=inputs.q[:0], rows=inputs.rows[:0], positions=inputs.positions[:0]).run().shape == (
+        0,
+        16,
+    )
+    none = {name: getattr(groups, name)[:0] for name in ("group_slots", "group_starts", "group_counts")}
+    assert dataclasses.replace(groups, **none).run().isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_self_graph_follows_inputs_changed_in_place(dtype: torch.dtype, cuda: torch.device) -> None:
+    cases = [
+        SelfCase(4, 64, lengths, beam=4, max_positions=90)
+        for lengths in ((3, 3, 3, 3, 0, 0, 0, 1), (90, 64, 65, 1, 7, 7, 0, 2))
+    ]
+    first, *others = (self_inputs(case, cuda, dtype, seed) for seed, case in enumerate((*cases, *cases)))
+    first.run()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_self_attention(
+            first.q, first.cells, first.ancestry, first.rows, first.positions, num_heads=first.num_heads
+        )
+    for inputs in others:
+        for name in ("q", "cells", "ancestry", "rows", "positions"):
+            getattr(first, name).copy_(getattr(inputs, name))
+        out.fill_(math.nan)
+        graph.replay()
+        assert torch.equal(out, inputs.run())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_cross_graph_follows_inputs_changed_in_place(dtype: torch.dtype, cuda: torch.device) -> None:
+    names = ("q", "cells", "source_lengths", "group_slots", "group_starts", "group_counts")
+    # As many entries and slots in each, so that all fit the captured buffers.
+    cases = [CrossCase(4, 64, counts, lengths) for counts, lengths in (((4, 1, 0), (3, 90, 9)), ((1, 0, 4), (90, 1, 33)))]
+    first, *others = (cross_inputs(case, cuda, dtype, seed) for seed, case in enumerate((*cases, *cases)))
+    first.run()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    out = torch.empty(first.q.shape, dtype=dtype, device=cuda)
+    with torch.cuda.graph(graph):
+        decode_cross_attention(*(getattr(first, name) for name in names), num_heads=first.num_heads, out=out)
+    for inputs in others:
+        for name in names:
+            getattr(first, name).copy_(getattr(inputs, name))
+        out.fill_(math.nan)
+        graph.replay()
+        torch.testing.assert_close(out, inputs.run(), rtol=0, atol=0, equal_nan=True)
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"q": torch.zeros(3, 2, 16)}, r"want \[R, D\]"),
+        ({"q": torch.zeros(32, 3).T}, "contiguous rows"),
+        ({"q": torch.zeros(3, 32, dtype=torch.float64)}, "want float32, float16 or bfloat16"),
+        ({"num_heads": 3}, "does not divide into 3 heads"),
+        ({"num_heads": 4}, "head_dim is 8; choose num_heads"),
+        ({"cells": torch.zeros(5, 7, 2, 2, 8)}, "cells is"),
+        ({"cells": torch.zeros(5, 7, 2, 2, 16, dtype=torch.float16)}, "convert one of them"),
+        ({"cells": torch.zeros(5, 7, 2, 4, 16)[:, :, :, ::2]}, "pass one layer of the cache"),
+        ({"ancestry": zeros(5, 6)}, r"want \[5, at least 7\]"),
+        ({"ancestry": zeros(5, 7).long()}, "ancestry is torch.int64; convert it to int32"),
+        ({"rows": zeros(4)}, r"rows is \(4,\); want \[3\]"),
+        ({"rows": zeros(6)[::2]}, "rows must be contiguous"),
+        ({"positions": zeros(3).long()}, "positions is torch.int64"),
+        ({"out": torch.zeros(3, 31)}, "want contiguous"),
+    ],
+)
+def test_bad_self_input_is_refused(kwargs: dict[str, object], message: str) -> None:
+    good: dict[str, object] = {
+        "q": torch.zeros(3, 32),
+        "cells": torch.zeros(5, 7, 2, 2, 16),
+        "ancestry": zeros(5, 8),
+        "rows": zeros(3),
+        "positions": zeros(3),
+        "num_heads": 2,
+    }
+    with pytest.raises(ValueError, match=message):
+        decode_self_attention(**(good | kwargs))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"cross_cells": torch.zeros(5, 7, 2, 1, 32)}, "cross_cells is"),
+        ({"source_lengths": zeros(4)}, r"source_lengths is \(4,\); want \[5\]"),
+        ({"group_starts": zeros(3)}, r"group_starts is \(3,\); want \[2\]"),
+        ({"group_counts": zeros(2).long()}, "group_counts is torch.int64; convert it to int32"),
+        ({"out": torch.zeros(3, 32, dtype=torch.float16)}, "want contiguous torch.float32"),
+    ],
+)
+def test_bad_cross_input_is_refused(kwargs: dict[str, object], message: str) -> None:
+    good: dict[str, object] = {
+        "q": torch.zeros(3, 32),
+        "cross_cells": torch.zeros(5, 7, 2, 2, 16),
+        "source_lengths": zeros(5),
+        "group_slots": zeros(2),
+        "group_starts": zeros(2),
+        "group_counts": zeros(2),
+        "num_heads": 2,
+    }
+    with pytest.raises(ValueError, match=message):
+        decode_cross_attention(**(good | kwargs))  # type: ignore[arg-type]
