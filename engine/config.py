@@ -154,6 +154,8 @@ class EngineConfig:
     max_rows: live beams of all sentences together. max_source_slots: sentences in flight.
     max_source_tokens / max_target_tokens: longest accepted source (with tag and eos) / longest output.
     encode_token_budget: packed source tokens of one encoder pass. max_waiting: sentences queued before submit refuses.
+    On a GPU only: batch_invariant: a sentence's result does not depend, to the last bit, on what runs beside it (slower).
+    int8_dense: attention, dense feed-forward layers and the output projection in int8 too (beyond the paper).
     """
 
     device: str = "cpu"
@@ -166,6 +168,8 @@ class EngineConfig:
     encode_token_budget: int = 2048
     max_waiting: int = 1024
     num_threads: int = 1
+    batch_invariant: bool = False
+    int8_dense: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

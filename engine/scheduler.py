@@ -3,13 +3,16 @@
 Between two decode steps, sentences that left free rows and slots make room for waiting ones (continuous batching).
 Order is first come, first served, with one bounded exception: a sentence whose beams do not fit yet may be overtaken by
 later ones that do, at most MAX_OVERTAKES of them; then everything behind it waits until it fits.
+
+Sentences whose shared work broke come back as suspects. They run again before anything else, among themselves only, in
+groups that are halved at every further fault: the one that breaks its step ends up alone, and its mates do not.
 """
 
 from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.config import EngineConfig
@@ -35,7 +38,8 @@ class GenerationState:
 
     source_token_ids int32[S]. forced_token_id: the target language. max_tokens: generated tokens at most. deadline_s and
     the other times are seconds of the scheduler's clock. source_slot and beam_rows are set while RUNNING.
-    num_overtakes: later sentences admitted before this one.
+    num_overtakes: later sentences admitted before this one. max_group: None, or after a fault the most suspects that run
+    together with this one, itself counted.
     """
 
     request: TranslationRequest
@@ -49,9 +53,15 @@ class GenerationState:
     beam_rows: tuple[int, ...] = ()
     is_cancelled: bool = False
     num_overtakes: int = 0
+    max_group: int | None = None
     admitted_s: float | None = None
     encoded_s: float | None = None
     finished_s: float | None = None
+
+    @property
+    def is_suspect(self) -> bool:
+        """True after a fault in work that this sentence shared, or had to itself."""
+        return self.max_group is not None
 
     @property
     def timings(self) -> Timings:
@@ -141,6 +151,10 @@ class Scheduler:
 
     def admit(self) -> list[GenerationState]:
         """Give slots and rows to waiting sentences, for one encoder pass of at most encode_token_budget tokens."""
+        if any(state.is_suspect for state in self._running.values()):
+            return []  # whoever joined them would be hit by their fault
+        if self._waiting and next(iter(self._waiting.values())).is_suspect:
+            return self._admit_suspects()
         if not self._is_worth_a_pass():
             return []
         admitted: list[GenerationState] = []
@@ -161,6 +175,37 @@ class Scheduler:
             for overtaken in passed_over:
                 overtaken.num_overtakes += 1
         return admitted
+
+    def _admit_suspects(self) -> list[GenerationState]:
+        """The next group of suspects, once nothing runs; they ran together before, so rows and slots are enough."""
+        if self._running:
+            return []
+        group: list[GenerationState] = []
+        num_tokens = 0
+        for state in list(self._waiting.values()):
+            num_tokens += len(state.source_token_ids)
+            limits = [member.max_group for member in (*group, state)]
+            if (
+                any(limit is None or limit <= len(group) for limit in limits)
+                or num_tokens > self._config.encode_token_budget
+            ):
+                break
+            self._start(state)
+            group.append(state)
+        return group
+
+    def put_back(self, states: Sequence[GenerationState]) -> None:
+        """After a fault in the work of these running sentences: back to the head of the queue in their order, as suspects
+        that run in groups of half their number. Submission time and deadline stay.
+        """
+        max_group = max(1, len(states) // 2)
+        for state in states:
+            self._give_back(state)
+            state.status = Status.WAITING
+            state.source_slot, state.beam_rows = -1, ()
+            state.admitted_s = state.encoded_s = None
+            state.max_group = max_group
+        self._waiting = {state.request.request_id: state for state in states} | self._waiting
 
     def _is_worth_a_pass(self) -> bool:
         """While everything that waits fits, it is let in at once. Under load, several sentences at a time: an encoder pass
@@ -210,10 +255,13 @@ class Scheduler:
 
     def _release(self, state: GenerationState, now: float) -> None:
         if state.status is Status.RUNNING:
-            del self._running[state.source_slot]
-            self._slots.give_back((state.source_slot,))
-            self._rows.give_back(state.beam_rows)
+            self._give_back(state)
         else:
             del self._waiting[state.request.request_id]
         state.status = Status.FINISHED
         state.finished_s = now
+
+    def _give_back(self, state: GenerationState) -> None:
+        del self._running[state.source_slot]
+        self._slots.give_back((state.source_slot,))
+        self._rows.give_back(state.beam_rows)

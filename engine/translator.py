@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from engine.batching import pack
 from engine.config import ConfigError, EngineConfig, ModelConfig
+from engine.device_memory import is_out_of_memory, release_cached_memory
+from engine.device_runner import DeviceRunner, load_runner
 from engine.runner import Runner
 from engine.scheduler import GenerationState, Scheduler
 from engine.search.spec import SearchOutcome, SearchSpec
@@ -33,13 +35,18 @@ DEFAULT_SEARCH = SearchOptions()
 class Translator:
     """submit() sentences, step() until they come back; or translate() a list and wait. Not thread-safe."""
 
-    def __init__(self, tokenizer: Tokenizer, scheduler: Scheduler, runner: Runner, engine_config: EngineConfig) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, scheduler: Scheduler, runner: Runner | DeviceRunner, engine_config: EngineConfig
+    ) -> None:
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._runner = runner
         self._config = engine_config
         self._num_encode_passes = 0
         self._num_decode_steps = 0
+        self._num_decoded_rows = 0
+        self._num_retries = 0
+        self._num_faults_in_a_row = 0
 
     @classmethod
     def load(cls, checkpoint: Path, engine_config: EngineConfig) -> Self:
@@ -54,7 +61,7 @@ class Translator:
                 f"tokenizer.json has {tokenizer.num_ids} ids and eos {tokenizer.eos_token_id}, config.json vocab_size "
                 f"{model_config.vocab_size} and eos {model_config.eos_token_id}: they are not of the same model"
             )
-        return cls(tokenizer, Scheduler(engine_config), Runner.load(checkpoint, engine_config), engine_config)
+        return cls(tokenizer, Scheduler(engine_config), load_runner(checkpoint, engine_config), engine_config)
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -76,6 +83,9 @@ class Translator:
             max_waiting=self._config.max_waiting,
             num_encode_passes=self._num_encode_passes,
             num_decode_steps=self._num_decode_steps,
+            num_decoded_rows=self._num_decoded_rows,
+            num_retries=self._num_retries,
+            num_faults_in_a_row=self._num_faults_in_a_row,
         )
 
     def submit(self, request: TranslationRequest) -> None:
@@ -164,48 +174,81 @@ class Translator:
         try:
             self._runner.remove({state.source_slot for state, _ in withdrawn})
         except Exception as error:
-            ended += self._fail_running(error)
+            ended += self._retry_running(error)
         return ended
 
     def _admit(self) -> list[Translation]:
         admitted = self._scheduler.admit()
         if not admitted:
             return []
+        encoded, ended = self._encode(admitted)
+        if encoded:
+            self._scheduler.mark_encoded(encoded)
+            try:
+                self._runner.start([_search_spec(state) for state in encoded])
+            except Exception as error:
+                ended += self._retry_running(error)
+        return ended
+
+    def _encode(self, states: Sequence[GenerationState]) -> tuple[list[GenerationState], list[Translation]]:
+        """Returns those that are encoded and those that failed. A pass too large for the memory is split."""
         self._num_encode_passes += 1
         try:
-            self._runner.encode(pack([s.source_token_ids for s in admitted], [s.source_slot for s in admitted]))
+            self._runner.encode(pack([s.source_token_ids for s in states], [s.source_slot for s in states]))
         except Exception as error:
-            return self._fail(admitted, error)
-        self._scheduler.mark_encoded(admitted)
-        try:
-            self._runner.start([_search_spec(state) for state in admitted])
-        except Exception as error:
-            return self._fail_running(error)
-        return []
+            if not is_out_of_memory(error):
+                return [], self._retry(states, error)
+            if len(states) == 1:
+                return [], self._fail(states[0], error)
+            _logger.warning("no memory for an encoder pass of %d sentences: it is split in two", len(states))
+        else:
+            return list(states), []
+        release_cached_memory()  # after the except block: the error's traceback keeps the tensors of the failed pass
+        half = len(states) // 2
+        encoded, ended = self._encode(states[:half])
+        more_encoded, more_ended = self._encode(states[half:])
+        return encoded + more_encoded, ended + more_ended
 
     def _decode(self) -> list[Translation]:
         if not self._scheduler.num_running:
             return []
         self._num_decode_steps += 1
+        self._num_decoded_rows += self._scheduler.num_live_rows
         try:
             outcomes = self._runner.decode()
         except Exception as error:
-            return self._fail_running(error)
+            return self._retry_running(error)
         return [self._translation(self._scheduler.finish(outcome.source_slot), outcome) for outcome in outcomes]
 
-    def _fail_running(self, error: Exception) -> list[Translation]:
-        """A fault in work that all running sentences share ends them; those that wait go on."""
+    def _retry_running(self, error: Exception) -> list[Translation]:
+        """A fault in work that all running sentences share; those that wait go on."""
         self._runner.clear()
-        return self._fail(self._scheduler.running(), error)
+        return self._retry(self._scheduler.running(), error)
 
-    def _fail(self, states: Sequence[GenerationState], error: Exception) -> list[Translation]:
-        _logger.error("%d sentences failed", len(states), exc_info=error)
+    def _retry(self, states: Sequence[GenerationState], error: Exception) -> list[Translation]:
+        """Start over in smaller groups: only a sentence that breaks its work alone, when it is a suspect already, fails.
+
+        A group of n is tried again in groups of n / 2, so each sentence at most log2(n) + 1 times.
+        """
+        if len(states) == 1 and states[0].is_suspect:
+            return self._fail(states[0], error)
+        _logger.warning("a fault hit %d sentences, which start over", len(states), exc_info=error)
+        self._num_retries += len(states)
+        self._scheduler.put_back(states)
+        if is_out_of_memory(error):
+            release_cached_memory()
+        return []
+
+    def _fail(self, state: GenerationState, error: Exception) -> list[Translation]:
+        _logger.error("sentence %s failed", state.request.request_id, exc_info=error)
+        self._num_faults_in_a_row += 1
         reason = f"{type(error).__name__}: {error}"
-        return [_without_text(self._scheduler.finish(s.source_slot), FinishReason.ERROR, reason) for s in states]
+        return [_without_text(self._scheduler.finish(state.source_slot), FinishReason.ERROR, reason)]
 
     def _translation(self, state: GenerationState, outcome: SearchOutcome) -> Translation:
         if outcome.failure is not None:
             return _without_text(state, FinishReason.ERROR, outcome.failure)
+        self._num_faults_in_a_row = 0
         try:
             hypotheses = tuple(
                 Hypothesis(self._tokenizer.decode(hypothesis.token_ids), hypothesis.token_ids, hypothesis.score)

@@ -162,7 +162,12 @@ class Translation:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What the engine holds right now: counts for metrics and admission."""
+    """What the engine holds right now: counts for metrics and admission.
+
+    num_decoded_rows: live rows of all decode steps; over num_decode_steps it is the mean batch.
+    num_retries: sentences put back after a fault in work they shared, since the start. num_faults_in_a_row: sentences that
+    failed by themselves since the last one that finished.
+    """
 
     num_waiting: int
     num_running: int
@@ -171,3 +176,6 @@ class EngineStats:
     max_waiting: int
     num_encode_passes: int
     num_decode_steps: int
+    num_decoded_rows: int = 0
+    num_retries: int = 0
+    num_faults_in_a_row: int = 0

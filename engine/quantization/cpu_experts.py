@@ -17,6 +17,7 @@ from torch.nn import functional
 from engine.config import QuantScheme
 from engine.quantization.expert_stack import DenseExpertStack, ExpertStack, QuantizedExpertStack
 from engine.quantization.onednn import can_pack, pack, packed_linear
+from engine.quantization.packed_experts import PackedExpertStack
 from engine.quantization.symmetric import QuantizedTensor
 
 
@@ -45,6 +46,8 @@ def allocate_expert_stack(
             return PackedInt4ExpertStack(*shape, dtype, device, scheme)
         if ExpandedExpertStack.supports(in_features, scheme):
             return ExpandedExpertStack(*shape, dtype, device, scheme)
+    if device.type == "cuda":
+        return PackedExpertStack(*shape, dtype, device, scheme)
     return QuantizedExpertStack(*shape, dtype, device, scheme)
 
 

@@ -73,6 +73,10 @@ class ExpertStack(ABC):
         """Store an already quantized matrix. Raises ValueError when scheme or shape differ from the stack's."""
         raise ValueError(f"expert {expert} is {quantized.scheme.name}; this stack holds unquantized {self.dtype}")
 
+    def quantized(self, expert: int) -> QuantizedTensor:
+        """Canonical codes and scales of one expert. Raises ValueError where the stack does not keep them."""
+        raise ValueError(f"expert {expert}: this stack keeps no canonical codes")
+
     def grouped_linear(self, x: Tensor, bias: Tensor, groups: ExpertGroups) -> Tensor:
         """x [A, K] sorted by expert, bias [E, N] -> [A, N]: each assignment through its own expert."""
         outputs = [self.linear(expert, x[start:end], bias[expert]) for expert, start, end in groups.hit]
@@ -156,6 +160,10 @@ class QuantizedExpertStack(ExpertStack):
             )
         self.codes[expert].copy_(quantized.codes)
         self.scales[expert].copy_(quantized.scales)
+
+    def quantized(self, expert: int) -> QuantizedTensor:
+        """Canonical codes and scales of one expert."""
+        return QuantizedTensor(self.codes[expert], self.scales[expert].half(), self._scheme, self.in_features)
 
     def dequantized(self, expert: int) -> Tensor:
         """float32 [N, K]."""

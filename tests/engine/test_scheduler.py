@@ -53,7 +53,7 @@ class SchedulerLife(RuleBasedStateMachine):
     def submit(self, beam_size: int, num_tokens: int, budget: int | None) -> None:
         request_id = f"r{self.num_submitted}"
         state = make_state(request_id, beam_size=beam_size, num_tokens=num_tokens, time_budget_s=budget)
-        was_full = self.scheduler.num_waiting == CONFIG.max_waiting
+        was_full = self.scheduler.num_waiting >= CONFIG.max_waiting
         try:
             self.scheduler.submit(state)
         except EngineFullError:
@@ -68,8 +68,23 @@ class SchedulerLife(RuleBasedStateMachine):
     def admit(self) -> None:
         admitted = self.scheduler.admit()
         assert sum(len(state.source_token_ids) for state in admitted) <= CONFIG.encode_token_budget
-        self.admission_order += [state.request.request_id for state in admitted]
+        self.admission_order += [state.request.request_id for state in admitted if not state.is_suspect]
         self.scheduler.mark_encoded(admitted)
+
+    @precondition(lambda self: self.scheduler.num_running)
+    @rule()
+    def put_back(self) -> None:
+        """A fault in a step; a suspect that was alone would fail instead."""
+        running = self.scheduler.running()
+        if len(running) == 1 and running[0].is_suspect:
+            return
+        before = {state.request.request_id: (state.submitted_s, state.deadline_s) for state in running}
+        groups = [state.max_group or CONFIG.max_source_slots + 1 for state in running]
+        self.scheduler.put_back(running)
+        for state, group in zip(running, groups, strict=True):
+            assert state.status is Status.WAITING
+            assert before[state.request.request_id] == (state.submitted_s, state.deadline_s)
+            assert (state.max_group or 0) < group
 
     @precondition(lambda self: self.scheduler.num_running)
     @rule(data=st.data())
@@ -113,13 +128,20 @@ class SchedulerLife(RuleBasedStateMachine):
         assert set(rows) <= set(range(CONFIG.max_rows))
         assert set(slots) <= set(range(CONFIG.max_source_slots))
         assert all(len(state.beam_rows) == state.request.search.beam_size for state in running)
-        assert self.scheduler.num_waiting <= CONFIG.max_waiting
+        new = [state for state in self.inside.values() if state.status is Status.WAITING and not state.is_suspect]
+        assert len(new) <= CONFIG.max_waiting
+
+    @invariant()
+    def suspects_run_among_themselves(self) -> None:
+        running = self.scheduler.running()
+        if any(state.is_suspect for state in running):
+            assert all(state.max_group is not None and len(running) <= state.max_group for state in running)
 
     @invariant()
     def overtaking_is_bounded(self) -> None:
         for state in self.inside.values():
             later = self.arrival[state.request.request_id]
-            if state.status is Status.WAITING:
+            if state.status is Status.WAITING and not state.is_suspect:
                 overtakers = sum(self.arrival[request_id] > later for request_id in self.admission_order)
                 assert overtakers == state.num_overtakes <= MAX_OVERTAKES
 
@@ -185,6 +207,48 @@ def test_what_fits_is_let_in_at_once_when_nothing_else_waits() -> None:
     assert len(scheduler.admit()) == 16
     scheduler.finish(scheduler.running()[0].source_slot)
     assert [state.request.request_id for state in scheduler.admit()] == ["16"]
+
+
+def test_suspects_come_first_in_halves_and_alone_with_their_kind() -> None:
+    """Groups of 7, 3, 1, as the first sentence of each group is the one that breaks it."""
+    scheduler = Scheduler(EngineConfig(precision="fp32", max_rows=16, max_source_slots=16))
+    for i in range(7):
+        scheduler.submit(make_state(str(i)))
+    assert len(scheduler.admit()) == 7
+    scheduler.submit(make_state("new"))
+    scheduler.put_back(scheduler.running())
+    groups = []
+    while scheduler.num_waiting or scheduler.num_running:
+        groups.append("".join(state.request.request_id for state in scheduler.admit()))
+        assert scheduler.admit() == []
+        running = scheduler.running()
+        if running[0].request.request_id == "0" and len(running) > 1:
+            scheduler.put_back(running)
+            continue
+        for state in running:
+            scheduler.finish(state.source_slot)
+    assert groups == ["012", "0", "1", "2", "345", "6", "new"]
+
+
+def test_suspects_wait_for_those_that_run() -> None:
+    scheduler = Scheduler(CONFIG)
+    for name in ("running", "suspect"):
+        scheduler.submit(make_state(name))
+    running, suspect = scheduler.admit()
+    scheduler.put_back([suspect])
+    assert scheduler.admit() == []
+    scheduler.finish(running.source_slot)
+    assert scheduler.admit() == [suspect]
+
+
+def test_suspects_share_encoder_passes_within_the_budget() -> None:
+    scheduler = Scheduler(EngineConfig(precision="fp32", max_rows=8, max_source_tokens=12, encode_token_budget=16))
+    for i in range(4):
+        scheduler.submit(make_state(str(i), num_tokens=12 - i))
+        scheduler.admit()
+    assert scheduler.num_running == 4
+    scheduler.put_back(scheduler.running())
+    assert [len(scheduler.admit()) for _ in range(2)] == [1, 0]
 
 
 def test_the_budget_starts_at_arrival_not_at_submission() -> None:

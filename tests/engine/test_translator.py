@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,9 @@ import pytest
 from engine.config import ConfigError, EngineConfig
 from engine.runner import Runner
 from engine.scheduler import Scheduler
-from engine.search.spec import SearchOutcome, SearchSpec
 from engine.tokenizer import Tokenizer
 from engine.translator import Translator
 from engine.types import (
-    EncodedBatch,
     EngineFullError,
     FinishReason,
     RequestError,
@@ -38,35 +36,6 @@ CONFIG = EngineConfig(
     max_waiting=6,
 )
 TEXTS = random_texts(30, seed=2, max_words=3)
-
-
-class FaultyRunner(Runner):
-    """Raises where told to, once; otherwise the real thing."""
-
-    fail_encode_of: int | None = None
-    fails_next: str | None = None
-
-    def _maybe_fail(self, name: str) -> None:
-        if self.fails_next == name:
-            self.fails_next = None
-            raise MemoryError(f"{name} fault")
-
-    def encode(self, batch: EncodedBatch) -> None:
-        if self.fail_encode_of in batch.source_token_ids.tolist():
-            raise RuntimeError("encoder fault")
-        super().encode(batch)
-
-    def start(self, specs: Sequence[SearchSpec]) -> None:
-        self._maybe_fail("start")
-        super().start(specs)
-
-    def decode(self) -> list[SearchOutcome]:
-        self._maybe_fail("decode")
-        return super().decode()
-
-    def remove(self, source_slots: Collection[int]) -> None:
-        self._maybe_fail("remove")
-        super().remove(source_slots)
 
 
 class FaultyTokenizer(Tokenizer):
@@ -257,50 +226,6 @@ def test_a_deadline_ends_a_running_and_a_waiting_sentence(checkpoint: Path) -> N
     clock.now_s += 2.0
     assert [(t.request_id, t.finish_reason) for t in translator.step()] == [("running", FinishReason.DEADLINE)]
     assert drain(translator)["patient"].ok
-    assert_idle(translator)
-
-
-def make_faulty(checkpoint: Path) -> tuple[Translator, FaultyRunner]:
-    runner = FaultyRunner.load(checkpoint, CONFIG)
-    assert isinstance(runner, FaultyRunner)
-    return Translator(Tokenizer.from_checkpoint(checkpoint), Scheduler(CONFIG), runner, CONFIG), runner
-
-
-def test_a_fault_in_an_encoder_pass_hits_only_that_pass(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
-    translator, runner = make_faulty(checkpoint)
-    translator.submit(make_request("before"))
-    translator.step()
-    runner.fail_encode_of = Tokenizer.from_checkpoint(checkpoint).encode("q", "eng_Latn")[2]
-    translator.submit(make_request("hit", text="q"))
-    translator.submit(make_request("mate", text="on"))
-    ended = drain(translator)
-    assert ended["hit"].finish_reason is ended["mate"].finish_reason is FinishReason.ERROR
-    assert ended["hit"].error == "RuntimeError: encoder fault"
-    assert "2 sentences failed" in caplog.text
-    assert ended["before"].ok
-    assert_idle(translator)
-    translator.submit(make_request("mate", text="on"))
-    assert drain(translator)["mate"].ok
-
-
-@pytest.mark.parametrize("operation", ["start", "decode", "remove"])
-def test_a_fault_in_shared_work_hits_the_running_only(checkpoint: Path, operation: str) -> None:
-    translator, runner = make_faulty(checkpoint)
-    search = SearchOptions(beam_size=4, min_target_tokens=6)
-    [expected] = translator.translate(["an inn"], src_lang="eng_Latn", tgt_lang="fra_Latn", search=search)
-    for name in ("first", "second", "waiting"):
-        translator.submit(make_request(name, text="an inn", search=search))
-    if operation != "start":
-        assert translator.step() == []
-    if operation == "remove":
-        translator.cancel("first")
-    runner.fails_next = operation
-    ended = translator.step()
-    reasons = {translation.request_id: translation.finish_reason for translation in ended}
-    first = FinishReason.CANCELLED if operation == "remove" else FinishReason.ERROR
-    assert reasons == {"first": first, "second": FinishReason.ERROR}
-    assert {t.error for t in ended if t.finish_reason is FinishReason.ERROR} == {f"MemoryError: {operation} fault"}
-    assert drain(translator)["waiting"].hypotheses[0].target_token_ids == expected.hypotheses[0].target_token_ids
     assert_idle(translator)
 
 

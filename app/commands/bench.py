@@ -1,0 +1,122 @@
+"""Measure the whole engine beside transformers on the same weights: tokens/s, ms per step, and how far from the floor.
+
+Builds a random model of a published shape on the device (or takes a checkpoint), checks our tokens against transformers,
+and only then times: transformers' generate(), the same model with torch's grouped GEMM in place of the loop over experts
+(`grouped`), and our engine in each precision. Every sentence has 24 source tokens and exactly 32 target tokens.
+
+Read the table like this. x transf., x grouped: our tokens/s over theirs. paper: what arXiv 2211.10017 reports for its int4
+engine over PyTorch in the same cell. floor: the time that reading the step's bytes takes at the bandwidth measured in this
+run, over the time the step took. GiB: peak memory. kernels, idle us: per decode step, from the profiler. agree: share of
+tokens equal to transformers' (free-running: after one near tie the rest of a sentence differs).
+
+A wrong engine gets no figures: in fp32 every token must be equal; in bf16, int8 and int4 transformers, reading our outputs,
+must give them our scores. A random model that routes to less than 90 % of the experts that uniform routing would reach is
+refused too, for a loop over experts looks fast there. The exit status is 1 when anything was refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from engine.bench.shapes import GRID, PEERS, QUICK_GRID, SHAPES, Variant, parse_cells
+from engine.config import PRECISIONS
+
+EXAMPLES = """  babelephant bench --shape tiny --device cpu --cells 1x1,2x2       does it work here? half a minute
+  babelephant bench --shape paper --device cuda --out paper.json    the paper's model, the whole grid, all precisions
+  babelephant bench --shape nllb54b --device cuda --cells 1x4,64x4 --precisions w4a16 --out 54b.json
+  babelephant bench --shape paper --device cuda --quick --mix 512   two cells and the serving mix
+  babelephant bench --checkpoint DIR --device cpu --precisions fp32,w4a16 --cells 1x1,8x4
+
+A cell is BATCHxBEAM. --out is rewritten as each cell ends, so that a run cut short keeps what it has. Peers whose weights
+do not fit are left out with a note; the checks then draw one expert at a time. Each engine is sized for the largest cell
+asked for: for the memory of one cell, ask for that cell alone. Needs transformers (pip install transformers==4.57.6; 5.x
+computes this model wrongly and gets its loop over experts replaced)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--shape", choices=tuple(SHAPES), default="tiny", help="random model of this shape (%(default)s)")
+    model.add_argument("--checkpoint", type=Path, metavar="DIR", help="a trained model instead")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--cells", metavar="LIST", help=f"default: {','.join(map(str, GRID))}")
+    parser.add_argument("--peers", metavar="LIST", help=f"{','.join(PEERS)} or none (all); checks use transformers anyway")
+    parser.add_argument(
+        "--precisions",
+        metavar="LIST",
+        help=f"of {','.join(PRECISIONS)}; +d8 behind one: int8 dense layers, +inv: batch-invariant (default: "
+        "bf16,w8a16,w4a16 on cuda, fp32 on the CPU)",
+    )
+    parser.add_argument("--quick", action="store_true", help=f"cells {','.join(map(str, QUICK_GRID))}, one repeat")
+    parser.add_argument("--repeats", type=int, metavar="N", help="timed runs per cell, the median counts (3)")
+    parser.add_argument("--limit-s", type=float, default=float("inf"), metavar="S", help="start nothing new after S seconds")
+    parser.add_argument("--mix", type=int, default=0, metavar="N", help="also the serving mix, with N sentences (0: none)")
+    parser.add_argument("--mix-rows", type=int, default=256, metavar="N", help="live hypotheses in the mix (%(default)s)")
+    parser.add_argument("--mix-beam", type=int, default=4, metavar="N", help="beam size in the mix (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and inputs (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON, rewritten as each cell ends")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="bars of tokens/s as an image (needs matplotlib)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, measure, print; 1 when a check refused something."""
+    from engine.bench.benchmark import Benchmark
+    from engine.bench.options import BenchOptions
+    from engine.bench.report import plot, table
+
+    on_cuda = args.device.startswith("cuda")
+    default = "bf16,w8a16,w4a16" if on_cuda else "fp32"
+    quick_or_all = QUICK_GRID if args.quick else GRID
+    options = BenchOptions(
+        shape=args.shape,
+        checkpoint=args.checkpoint,
+        device=_device(args.device),
+        cells=parse_cells(args.cells) if args.cells else quick_or_all,
+        peers=_peers(args.peers),
+        variants=tuple(dict.fromkeys(Variant.parse(part) for part in (args.precisions or default).split(","))),
+        repeats=_at_least_1("--repeats", args.repeats if args.repeats is not None else 1 if args.quick else 3),
+        limit_s=args.limit_s,
+        mix_sentences=args.mix,
+        mix_rows=_at_least_1("--mix-rows", args.mix_rows),
+        mix_beam=_at_least_1("--mix-beam", args.mix_beam),
+        num_threads=_at_least_1("--threads", args.threads),
+        seed=args.seed,
+        out=args.out,
+        command=" ".join(["babelephant", *sys.argv[1:]]),
+    )
+    result = Benchmark(options, say=lambda text: print(text, flush=True)).run()
+    print(f"\n{table(result)}")
+    for note in result.notes:
+        print(f"note: {note}")
+    if args.plot:
+        plot(result, args.plot)
+    for refusal in result.refusals:
+        print(f"babelephant: refused: {refusal}", file=sys.stderr)
+    return 1 if result.refusals else 0
+
+
+def _peers(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return PEERS
+    chosen = () if text == "none" else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    unknown = [part for part in chosen if part not in PEERS]
+    if unknown:
+        raise ValueError(f"--peers {', '.join(unknown)}: unknown; choose from {', '.join(PEERS)}, or none")
+    return chosen
+
+
+def _at_least_1(option: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{option} is {value}; it must be at least 1")
+    return value
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu --shape tiny")
+    return name

@@ -1,0 +1,1 @@
+"""Whole-engine benchmark against other implementations of the same model (`babelephant bench`)."""

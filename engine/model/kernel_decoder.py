@@ -1,0 +1,152 @@
+"""One decoder step through the kernels, as a sequence of launches that a CUDA graph can hold.
+
+Legend: R entries (live hypotheses and start tokens), G groups (runs of entries of one sentence), D d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn import functional
+
+from engine.kv_cache import KVCache
+from engine.model.kernel_layers import (
+    KernelDense,
+    KernelExperts,
+    KernelLayers,
+    KernelLinear,
+    KernelOptions,
+    Pending,
+    feed_forward_shapes,
+    folded_linear,
+    kernel_feed_forward,
+    kernel_linear,
+    linear_shape,
+    normed,
+    settle,
+)
+from engine.model.layers import LayerNorm
+from engine.model.transformer import DecoderLayer, Transformer
+from kernels.beam_search import StepInputs
+from kernels.decode_attention import decode_cross_attention, decode_self_attention
+from kernels.embed import embed
+from kernels.head_topk import Int8Head, TopTokens, fixed_tiles, head_topk, quantize_head
+from kernels.small_linear import qkv_linear
+
+
+class EntryGroups(NamedTuple):
+    """Runs of entries of one source slot, int32[G] each; count 0: unused."""
+
+    slots: Tensor
+    starts: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    self_norm: LayerNorm
+    qkv: KernelLinear
+    self_out: KernelLinear
+    cross_norm: LayerNorm
+    query: KernelLinear
+    cross_out: KernelLinear
+    ffn_norm: LayerNorm
+    feed_forward: KernelDense | KernelExperts
+
+
+class KernelDecoder:
+    """The decoder of one Transformer over one KV cache.
+
+    It folds the layer norms into the maps behind them and gives up the plain weights of those: afterwards the Transformer's
+    own `decode` fails.
+    """
+
+    def __init__(self, transformer: Transformer, cache: KVCache, *, max_entries: int, options: KernelOptions) -> None:
+        self._model = transformer
+        self._cache = cache
+        self._heads = transformer.config.decoder_attention_heads
+        self._options = options
+        self._layers = [_layer(layer, options) for layer in transformer.decoder_layers]
+        shapes = {linear_shape(linear) for layer in self._layers for linear in (layer.qkv, layer.self_out, layer.query)}
+        for layer in self._layers:
+            shapes |= {linear_shape(layer.cross_out)} | feed_forward_shapes(layer.feed_forward)
+        self._kernels = KernelLayers(shapes, max_entries, transformer.embedding, options)
+        self._head: Tensor | Int8Head = transformer.output_projection.weight
+        if options.int8_dense:
+            self._head = quantize_head(self._head)
+
+    def hidden(self, inputs: StepInputs, groups: EntryGroups, ancestry: Tensor) -> Tensor:
+        """Final-normed hidden states [R, D] of every entry; writes their keys and values. ancestry int32[rows, T + 1]."""
+        config = self._model.config
+        x = embed(
+            inputs.token_ids,
+            inputs.positions,
+            self._model.embedding,
+            self._model.positions,
+            scale=math.sqrt(config.d_model) if config.scale_embedding else 1.0,
+            pad_token_id=config.pad_token_id,
+        )
+        pending: Pending | None = None
+        for index, layer in enumerate(self._layers):
+            pending = self._run(layer, index, x, pending, inputs, groups, ancestry)
+        return normed(x, pending, self._model.decoder_norm)
+
+    def top_tokens(self, hidden: Tensor, k: int, banned: Tensor) -> TopTokens:
+        """The k best next tokens of every entry; banned int32[R]: one token that may not be chosen (-1: none)."""
+        vocab_size = self._model.config.vocab_size
+        tiles = None
+        if self._options.fixed_order:
+            bits = 8 if isinstance(self._head, Int8Head) else 16
+            tiles = fixed_tiles(hidden.shape[1], vocab_size, bits, hidden.device, hidden.dtype)
+        return head_topk(hidden, self._head, k=k, vocab_size=vocab_size, banned=banned, tiles=tiles)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32[R, V]: for logit rules that need to see every token."""
+        head = self._head.dequantized(hidden.dtype) if isinstance(self._head, Int8Head) else self._head
+        return functional.linear(hidden, head)[:, : self._model.config.vocab_size].float()
+
+    def _run(
+        self,
+        layer: _Layer,
+        index: int,
+        x: Tensor,
+        pending: Pending | None,
+        inputs: StepInputs,
+        groups: EntryGroups,
+        ancestry: Tensor,
+    ) -> Pending | None:
+        """x [R, D] in place; expert outputs of this layer are left pending."""
+        cells = self._cache.self_kv[index]
+        query = qkv_linear(
+            settle(x, pending, layer.self_norm, layer.qkv),
+            *layer.qkv,
+            cells,
+            inputs.rows,
+            inputs.positions,
+            fixed=self._options.fixed_order,
+            scratch=self._kernels.scratch,
+        )
+        context = decode_self_attention(query, cells, ancestry, inputs.rows, inputs.positions, num_heads=self._heads)
+        self._kernels.linear(context, layer.self_out, residual=x)
+        query = self._kernels.linear(settle(x, None, layer.cross_norm, layer.query), layer.query)
+        context = decode_cross_attention(
+            query, self._cache.cross_kv[index], self._cache.source_lengths, *groups, num_heads=self._heads
+        )
+        self._kernels.linear(context, layer.cross_out, residual=x)
+        return self._kernels.feed_forward(x, layer.ffn_norm, layer.feed_forward, inputs.active)
+
+
+def _layer(layer: DecoderLayer, options: KernelOptions) -> _Layer:
+    return _Layer(
+        self_norm=layer.self_attention_norm,
+        qkv=folded_linear(layer.self_attention.qkv, layer.self_attention_norm, options),
+        self_out=kernel_linear(layer.self_attention.out, options),
+        cross_norm=layer.cross_attention_norm,
+        query=folded_linear(layer.cross_attention.query, layer.cross_attention_norm, options),
+        cross_out=kernel_linear(layer.cross_attention.out, options),
+        ffn_norm=layer.feed_forward_norm,
+        feed_forward=kernel_feed_forward(layer.feed_forward, options, fold=layer.feed_forward_norm),
+    )

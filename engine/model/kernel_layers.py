@@ -1,0 +1,199 @@
+"""Building blocks of the kernel path: weights as the kernels want them, and the feed-forward layers over them.
+
+Legend: R rows (tokens or live hypotheses), D d_model, F feed-forward width, E experts, k = 2 active experts.
+Everything here can be captured in a CUDA graph: no host synchronisation, shapes alone choose what is launched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from engine.model.layers import DenseFeedForward, LayerNorm, Linear
+from engine.model.mixture_of_experts import MixtureOfExperts
+from engine.quantization.packed_experts import packed_experts
+from kernels.add_layernorm import add_layernorm
+from kernels.expert_gemm import PackedExperts, expert_ffn, select_tiles
+from kernels.route import route
+from kernels.route.launcher import semaphores
+from kernels.small_linear import (
+    FoldedLinear,
+    Int8Linear,
+    LinearScratch,
+    fold_norm,
+    linear_scratch,
+    quantize_int8,
+    small_linear,
+)
+
+TOP_K = 2
+
+
+class KernelLinear(NamedTuple):
+    """weight [N, K], int8 codes and scales, or either with the layer norm in front of it folded in; bias [N]."""
+
+    weight: Tensor | Int8Linear | FoldedLinear
+    bias: Tensor | None
+
+
+class Pending(NamedTuple):
+    """Expert outputs [R, k, D] that the next layer norm is to add to the residual stream; expert_ids int32[R, k]."""
+
+    outputs: Tensor
+    expert_ids: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KernelOptions:
+    """fixed_order: tiles by weight shape alone, so that a row's bits do not depend on its batch mates.
+    int8_dense: attention, dense feed-forward and output projection in int8, one scale per output channel.
+    """
+
+    fixed_order: bool = False
+    int8_dense: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KernelExperts:
+    """One sparse layer: router float32 [E, D], both expert matrices packed, their biases, and the factor on all gates."""
+
+    router_weight: Tensor
+    router_bias: Tensor | None
+    fc1: PackedExperts
+    fc1_bias: Tensor
+    fc2: PackedExperts
+    fc2_bias: Tensor
+    gate_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class KernelDense:
+    """fc2(relu(fc1(x))), where the norm may be folded into fc1."""
+
+    fc1: KernelLinear
+    fc2: KernelLinear
+
+
+class KernelLayers:
+    """The launches that encoder and decoder share, with the scratch memory they need. One per stream."""
+
+    def __init__(self, shapes: set[tuple[int, int, bool]], max_rows: int, like: Tensor, options: KernelOptions) -> None:
+        self._options = options
+        self._max_rows = max_rows
+        self.scratch: LinearScratch = linear_scratch(
+            sorted(shapes), max_rows, like.dtype, like.device, fixed=options.fixed_order
+        )
+        self._semaphores = semaphores(max_rows, like.device)
+
+    def linear(
+        self,
+        x: Tensor,
+        linear: KernelLinear,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """x [R, K] -> relu(x W^T + b) [R, N], or that added in place to the residual; a folded norm is taken first."""
+        return small_linear(
+            x,
+            linear.weight,
+            linear.bias,
+            relu=relu,
+            residual=residual,
+            fixed=self._options.fixed_order,
+            scratch=self.scratch,
+        )
+
+    def feed_forward(
+        self, x: Tensor, norm: LayerNorm, layer: KernelDense | KernelExperts, active: Tensor | None
+    ) -> Pending | None:
+        """x += FeedForward(norm(x)) in place; expert outputs come back instead, for the next `settle` or `normed` to add."""
+        if isinstance(layer, KernelDense):
+            hidden = self.linear(settle(x, None, norm, layer.fc1), layer.fc1, relu=True)
+            self.linear(hidden, layer.fc2, residual=x)
+            return None
+        _, normed = add_layernorm(x, None, norm.weight, norm.bias, eps=norm.eps)
+        tiles = select_tiles(self._tile_pairs(x.shape[0]), layer.fc1)
+        routing = route(
+            normed,
+            layer.router_weight,
+            top_k=TOP_K,
+            block_tokens=tiles.block_tokens,
+            semaphores=self._semaphores,
+            router_bias=layer.router_bias,
+            active=active,
+            gate_scale=layer.gate_scale,
+        )
+        outputs = expert_ffn(normed, layer.fc1, layer.fc1_bias, layer.fc2, layer.fc2_bias, routing, tiles=tiles)
+        return Pending(outputs, routing.expert_ids)
+
+    def _tile_pairs(self, rows: int) -> int:
+        """Pairs that choose the tiles: always the most there can be where the order of sums must not depend on the batch."""
+        return TOP_K * (self._max_rows if self._options.fixed_order else rows)
+
+
+def settle(x: Tensor, pending: Pending | None, norm: LayerNorm, linear: KernelLinear) -> Tensor:
+    """What the linear map behind a norm reads: x itself where the norm is folded into it, else norm(x). Expert outputs
+    pending are added to x in place before."""
+    if not is_folded(linear):
+        return normed(x, pending, norm)
+    if pending is not None:
+        normed(x, pending, norm)  # for the sum alone
+    return x
+
+
+def normed(x: Tensor, pending: Pending | None, norm: LayerNorm) -> Tensor:
+    """norm(x) [R, D]; expert outputs pending are added to x in place before."""
+    outputs, expert_ids = (None, None) if pending is None else pending
+    return add_layernorm(x, outputs, norm.weight, norm.bias, eps=norm.eps, expert_ids=expert_ids)[1]
+
+
+def is_folded(linear: KernelLinear) -> bool:
+    """Whether the linear map reads raw rows and takes the norm in front of it itself."""
+    return isinstance(linear.weight, FoldedLinear)
+
+
+def kernel_linear(linear: Linear, options: KernelOptions) -> KernelLinear:
+    """The linear map for the kernels; shares the weight unless it is quantized."""
+    weight: Tensor | Int8Linear = quantize_int8(linear.weight) if options.int8_dense else linear.weight
+    return KernelLinear(weight, linear.bias)
+
+
+def folded_linear(linear: Linear, norm: LayerNorm, options: KernelOptions) -> KernelLinear:
+    """The linear map with the norm in front of it folded in. It takes the place of the plain weight, whose memory is
+    given up: from now on the plain layer raises an error (its weight is a tensor of torch's meta device)."""
+    weight = fold_norm(linear.weight, linear.bias, norm.weight, norm.bias, norm.eps, int8=options.int8_dense)
+    linear.weight = linear.weight.to("meta")
+    return KernelLinear(weight, None)
+
+
+def kernel_feed_forward(
+    layer: DenseFeedForward | MixtureOfExperts, options: KernelOptions, fold: LayerNorm | None = None
+) -> KernelDense | KernelExperts:
+    """The feed-forward layer for the kernels. fold: the norm in front, to be folded into a dense layer's first map."""
+    if isinstance(layer, DenseFeedForward):
+        fc1 = kernel_linear(layer.fc1, options) if fold is None else folded_linear(layer.fc1, fold, options)
+        return KernelDense(fc1, kernel_linear(layer.fc2, options))
+    device = layer.fc1_bias.device
+    return KernelExperts(
+        router_weight=layer.router.classifier.weight,
+        router_bias=layer.router.classifier.bias,
+        fc1=packed_experts(layer.fc1, device),
+        fc1_bias=layer.fc1_bias,
+        fc2=packed_experts(layer.fc2, device),
+        fc2_bias=layer.fc2_bias,
+        gate_scale=layer.output_scale,
+    )
+
+
+def linear_shape(linear: KernelLinear) -> tuple[int, int, bool]:
+    """(N, K, whether a norm is folded in)."""
+    n, k = linear.weight.shape
+    return n, k, is_folded(linear)
+
+
+def feed_forward_shapes(layer: KernelDense | KernelExperts) -> set[tuple[int, int, bool]]:
+    """`linear_shape` of its dense linear maps."""
+    return {linear_shape(layer.fc1), linear_shape(layer.fc2)} if isinstance(layer, KernelDense) else set()

@@ -1,0 +1,160 @@
+"""The kernel path against the plain one: the same texts, ids and scores. Here in Triton's interpreter, on a GPU captured."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine.model.layers
+import engine.quantization.cpu_experts
+from engine.config import EngineConfig, ModelConfig
+from engine.device_runner import DeviceRunner, size_buckets, supports_kernels
+from engine.runner import Runner
+from engine.scheduler import Scheduler
+from engine.tokenizer import Tokenizer
+from engine.translator import Translator
+from engine.types import SearchOptions, Translation, TranslationRequest
+from engine.weights.loading import load_transformer
+from tests.engine.tiny import make_tiny_checkpoint
+from tests.engine.tiny_tokenizer import TINY_LANGUAGES, random_texts, write_tiny_tokenizer
+
+# Head size 16, the least the attention kernels take; a vocabulary that is no multiple of 64; a last layer with experts.
+SHAPE = {"d_model": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 71, "num_experts": 5}
+SEARCHES = [
+    SearchOptions(beam_size=1, max_target_tokens=8),
+    SearchOptions(beam_size=4, max_target_tokens=7, num_hypotheses=3),
+    SearchOptions(beam_size=2, max_target_tokens=9, min_target_tokens=4),
+    SearchOptions(beam_size=3, max_target_tokens=6, early_stopping=True, length_penalty=0.6),
+]
+NGRAM_SEARCHES = [
+    SearchOptions(beam_size=1, max_target_tokens=8, no_repeat_ngram_size=2),
+    SearchOptions(beam_size=5, max_target_tokens=7, early_stopping="never", no_repeat_ngram_size=3, min_target_tokens=3),
+]
+CONFIG = EngineConfig(
+    precision="fp32",
+    max_rows=12,
+    max_source_slots=5,
+    max_target_tokens=12,
+    max_source_tokens=32,
+    encode_token_budget=64,
+    max_waiting=64,
+)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = write_tiny_tokenizer(tmp_path_factory.mktemp("device_runner"))
+    return make_tiny_checkpoint(directory, seed=5, eos_bias=3.0, **SHAPE)
+
+
+def kernel_translator(checkpoint: Path, config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> Translator:
+    """Through the kernels on any device; on the CPU the weights must not be in the layout of the plain path's library."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    if config.device == "cpu" and torch.cuda.is_available():
+        pytest.skip("the interpreter runs on machines without a GPU")
+    monkeypatch.setattr(engine.model.layers, "can_pack", lambda dtype, device: False)
+    monkeypatch.setattr(engine.quantization.cpu_experts, "can_pack", lambda dtype, device: False)
+    runner = DeviceRunner(load_transformer(checkpoint, config), config)
+    return Translator(Tokenizer.from_checkpoint(checkpoint), Scheduler(config), runner, config)
+
+
+def plain_translator(checkpoint: Path, config: EngineConfig) -> Translator:
+    runner = Runner.load(checkpoint, config)
+    return Translator(Tokenizer.from_checkpoint(checkpoint), Scheduler(config), runner, config)
+
+
+def requests(count: int, searches: list[SearchOptions]) -> list[TranslationRequest]:
+    texts = random_texts(count, seed=3, max_words=4)
+    return [
+        TranslationRequest(str(i), text, TINY_LANGUAGES[i % 3], TINY_LANGUAGES[(i + 1) % 3], searches[i % len(searches)])
+        for i, text in enumerate(texts)
+    ]
+
+
+def run(translator: Translator, work: list[TranslationRequest], *, at_once: int) -> dict[str, Translation]:
+    """A stream: `at_once` more sentences arrive before every step."""
+    ended: dict[str, Translation] = {}
+    waiting = list(work)
+    for _ in range(400):
+        for request in waiting[:at_once]:
+            translator.submit(request)
+        del waiting[:at_once]
+        ended.update((translation.request_id, translation) for translation in translator.step())
+        if not waiting and not translator.has_work:
+            return ended
+    raise AssertionError("the engine does not come to an end")
+
+
+def assert_same(ours: dict[str, Translation], truth: dict[str, Translation]) -> None:
+    assert ours.keys() == truth.keys()
+    for name, expected in truth.items():
+        assert ours[name].error is None
+        assert [h.target_token_ids for h in ours[name].hypotheses] == [h.target_token_ids for h in expected.hypotheses]
+        scores = [h.score for h in ours[name].hypotheses]
+        assert scores == pytest.approx([h.score for h in expected.hypotheses], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", ["fp32", "w4a16"])
+def test_same_results_as_the_plain_path(
+    checkpoint: Path, device: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(CONFIG, precision=precision, activation_dtype="float32", device=device)
+    work = requests(9 if device == "cpu" else 60, SEARCHES)
+    truth = run(plain_translator(checkpoint, dataclasses.replace(config, device="cpu")), work, at_once=3)
+    translator = kernel_translator(checkpoint, config, monkeypatch)
+    assert_same(run(translator, work, at_once=3), truth)
+    if device == "cuda":
+        assert_same(run(translator, work, at_once=60), truth)  # the same graphs again, another composition
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ngram_rules(checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = requests(4 if device == "cpu" else 40, NGRAM_SEARCHES)
+    truth = run(plain_translator(checkpoint, CONFIG), work, at_once=2)
+    config = dataclasses.replace(CONFIG, device=device)
+    assert_same(run(kernel_translator(checkpoint, config, monkeypatch), work, at_once=2), truth)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_cancelled_sentences_leave_nothing(checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = requests(6, SEARCHES[:2])
+    truth = run(plain_translator(checkpoint, CONFIG), work[3:], at_once=3)
+    translator = kernel_translator(checkpoint, dataclasses.replace(CONFIG, device=device), monkeypatch)
+    for request in work[:3]:
+        translator.submit(request)
+    translator.step()
+    translator.step()
+    assert all(translator.cancel(request.request_id) for request in work[:3])
+    ended = run(translator, work[3:], at_once=3)
+    assert_same({name: t for name, t in ended.items() if int(name) >= 3}, truth)
+    assert translator.stats().num_live_rows == 0
+
+
+def test_invariant_mode_gives_the_same_bits_alone_and_together(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(CONFIG, batch_invariant=True)
+    translator = kernel_translator(checkpoint, config, monkeypatch)
+    work = requests(4, SEARCHES[:2])
+    together = run(translator, work, at_once=4)
+    alone = run(translator, work[1:2], at_once=1)
+    assert [h.score for h in alone["1"].hypotheses] == [h.score for h in together["1"].hypotheses]
+
+
+def test_unsupported_heads_are_known() -> None:
+    raw = {"vocab_size": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    raw |= {"encoder_sparse_step": 0, "decoder_sparse_step": 0, "num_experts": 2}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    assert supports_kernels(ModelConfig.from_dict(raw | heads | {"d_model": 64}))
+    assert not supports_kernels(ModelConfig.from_dict(raw | heads | {"d_model": 36}))
+
+
+def test_size_buckets_end_with_what_is_asked_for() -> None:
+    assert size_buckets(7) == (1, 2, 3, 4, 7)
+    assert size_buckets(20)[-1] == 32
+    assert size_buckets(600)[-3:] == (448, 512, 608)
+    assert size_buckets(2048, smallest=16)[0] == 16
