@@ -42,13 +42,18 @@ class SizingOptions:
 
 
 class Sizing:
-    """Demand to replicas for P pools. `scale` may differ per pool (float64[P])."""
+    """Demand to replicas for P pools. `capacity_per_s` and `scale` may differ per pool (float64[P])."""
 
-    def __init__(self, capacity_per_s: float, options: SizingOptions, scale: Floats | None = None) -> None:
+    def __init__(self, capacity_per_s: float | Floats, options: SizingOptions, scale: Floats | None = None) -> None:
         self.capacity_per_s = capacity_per_s
         self.options = options
         self.scale = np.asarray(options.scale if scale is None else scale, np.float64)
         self._wanted: list[Ints] = []
+
+    @property
+    def newest_wanted(self) -> Ints:
+        """int64[P]: what the last call wanted before patience and step cap."""
+        return self._wanted[-1]
 
     def size(self, demand: Floats, backlog: Floats, current: Ints) -> Ints:
         """int64[P] replicas wanted.
@@ -77,8 +82,9 @@ class QuantilePolicy:
     def __init__(self, forecaster: DemandForecaster, sizing: Sizing) -> None:
         self.forecaster = forecaster
         self.sizing = sizing
+        self.demand = np.zeros(forecaster.history.num_pools)  # the newest forecast, requests per second
 
     def decide(self, seen: Observation) -> Ints:
         """int64[P] replicas wanted."""
-        demand = self.forecaster.observe(seen.offered)
-        return self.sizing.size(demand, seen.backlog, seen.ready + seen.pending)
+        self.demand = self.forecaster.observe(seen.offered)
+        return self.sizing.size(self.demand, seen.backlog, seen.ready + seen.pending)

@@ -1,0 +1,33 @@
+"""The real replica reports what the policy reads: everything offered, refused sentences included, and since when."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from app.autoscaling.feed import OFFERED, UPTIME, WAITING
+from app.pools import Busy, Translated
+from app.settings import PoolSettings, PoolTuning
+from engine.types import TranslationRequest
+from tests.app.fakes import FakeTranslator, LocalReplica
+
+
+def sentences(count: int, call: str) -> list[TranslationRequest]:
+    return [TranslationRequest(f"{call}-{i}", "word", "eng_Latn", "deu_Latn") for i in range(count)]
+
+
+def test_offered_sentences_count_whether_answered_or_refused() -> None:
+    begin = time.monotonic()
+    replica = LocalReplica(PoolSettings(), FakeTranslator())
+    asyncio.run(replica.reconfigure(PoolTuning(max_pending=5).model_dump(exclude_none=True)))
+    assert replica.record_autoscaling_stats()[OFFERED] == 0.0
+    assert isinstance(asyncio.run(replica.translate(sentences(3, "a"))), Translated)
+    assert isinstance(asyncio.run(replica.translate(sentences(6, "b"))), Busy)
+    stats = replica.record_autoscaling_stats()
+    assert stats[OFFERED] == 9.0
+    assert stats[WAITING] == 0.0
+    assert stats[UPTIME] == pytest.approx(time.monotonic() - begin, abs=1.0)
+    assert all(isinstance(value, float) for value in stats.values())  # Serve drops all of them for one of another type
+    replica._thread.stop(drain_s=0.1)
