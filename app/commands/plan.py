@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 EXAMPLES = """  babelephant plan pools.yaml
   babelephant plan pools.yaml --gpu L4 --gpu L40S --quota L4=8 --slo 0.8
   babelephant plan pools.yaml --profile h200.json --spot --degraded 1.0
+  babelephant plan pools.yaml --json plan.json --plot plan.png
   babelephant plan --paper
 
 pools.yaml is a list of pools:
@@ -54,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="w4a16", help="of the expert weights; default w4a16")
     parser.add_argument("--beam-size", type=int, default=4, metavar="N", help="default 4")
     parser.add_argument("--prices", type=Path, metavar="FILE", help="price catalogue; default: the one that ships")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan for `babelephant deploy`")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write replicas and USD per hour by pool as PNG (matplotlib)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,9 +93,20 @@ def run(args: argparse.Namespace) -> int:
     rules = PlanRules(args.slo, args.degraded, _quotas(args.quota))
     if not estimated and not measured:
         raise CommandError("the model runs on none of these GPUs: " + "; ".join(skipped))
-    print(table(make_plan(pools, offers, {**estimated, **measured}, rules, catalogue)))
+    plan = make_plan(pools, offers, {**estimated, **measured}, rules, catalogue)
+    print(table(plan))
     for reason in skipped:
         print(f"left out: {reason}")
+    if args.json:
+        from app.deployment import DeploymentPlan
+
+        args.json.write_text(DeploymentPlan.from_plan(plan).model_dump_json(indent=1) + "\n")
+        print(f"plan: {args.json}; the Serve config it implies: babelephant deploy --dry-run {args.json}")
+    if args.plot:
+        from app.cost.plan import plot
+
+        plot(plan, args.plot)
+        print(f"plot: {args.plot}")
     return 0
 
 

@@ -216,3 +216,33 @@ def price_comparison(plan: Plan) -> str:
         for machine in plan.catalogue.cpu_machines
     ]
     return "\n".join(lines)
+
+
+def plot(plan: Plan, path: Path) -> None:
+    """USD per hour by pool and option, and USD per million characters beside the public services, as PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [pool.name for pool in plan.pools]
+    options = sorted({(line.offer.gpu, line.offer.purchase) for line in plan.lines})
+    figure, (fleet, prices) = plt.subplots(1, 2, figsize=(13, max(3.0, 0.35 * len(names) + 1.5)), width_ratios=(3, 2))
+    left = np.zeros(len(names))
+    for gpu, purchase in options:
+        lines = {line.pool.name: line for line in plan.lines if (line.offer.gpu, line.offer.purchase) == (gpu, purchase)}
+        width = np.array([lines[name].usd_per_hour if name in lines else 0.0 for name in names])
+        bars = fleet.barh(names, width, left=left, label=f"{gpu} {purchase.replace('_', ' ')}")
+        labels = [f"{lines[name].replicas} ({lines[name].why})" if name in lines else "" for name in names]
+        fleet.bar_label(bars, labels, label_type="center", fontsize=7)
+        left += width
+    fleet.set(xlabel="USD per hour; replicas and what sets their number", title=f"{plan.solved.usd_per_hour:.2f} USD/h")
+    fleet.invert_yaxis()
+    fleet.legend(fontsize=8)
+    services = ["this plan", *(price.service for price in plan.catalogue.public)]
+    prices.barh(services, [plan.usd_per_million_chars, *(price.usd_per_million_chars for price in plan.catalogue.public)])
+    prices.set(xscale="log", xlabel="USD per million source characters, at the mean load")
+    prices.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -2,12 +2,13 @@
 
 Legend: s source tokens, t target tokens, b beam size, B sentences in a batch, R = B b live rows, T packed source tokens.
 
-    encode(T)  = a0 + a1 T + a2 T s      one packed encoder pass
-    step(R)    = tau0 + alpha R          one decode step for all live rows
-    batch(B)   = a0 + B s (a1 + a2 s) + t (tau0 + alpha B b)
+    encode(T)  = a0 + a1 T + a2 T s      one packed encoder pass (several lengths: a2 times the sum of s squared)
+    step(R, C) = tau0 + alpha R + beta C one decode step for all live rows, C target tokens in their caches
+    batch(B)   = a0 + B s (a1 + a2 s) + t (tau0 + alpha B b + beta B b t / 2)
 
-so a replica is a batch server (app.cost.queueing) with a fixed part a0 + t tau0 and a part per sentence s (a1 + a2 s) + t
-alpha b.
+A line is the small truth about a decode step; the points it was fitted to are kept, and `step_s` follows them. In closed
+form a replica is a batch server (app.cost.queueing) with a fixed part a0 + t tau0 and a part per sentence s (a1 + a2 s) + t
+b (alpha + beta t / 2).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from engine.accounting import (
 )
 from engine.config import ModelConfig
 
-VERSION = 1
+VERSION = 2
 # Shares of a peak that a tuned engine reaches, and the fixed costs around it: assumptions of every estimate, printed with
 # it.
 _BANDWIDTH_SHARE, _FLOPS_SHARE = 0.6, 0.4
@@ -60,8 +61,9 @@ class Birth:
 class Profile:
     """Parameters of the module docstring in seconds (a2_s per squared token), with standard errors (0 where not known).
 
-    startup_s from order to serving; memory_bytes weights, cache and work space; max_batch sentences at once.
-    estimated is True for a roofline that nobody has measured.
+    startup_s from order to serving; memory_bytes weights, cache and work space; max_batch sentences at once. estimated is
+    True for a roofline that nobody has measured. step_points: (live rows, seconds of a decode step with empty caches), rows
+    rising; beta_s: per target token cached; host_s: tokenizing and detokenizing of one sentence on the engine's thread.
     """
 
     device: str
@@ -79,10 +81,13 @@ class Profile:
     max_batch: int
     born: Birth
     errors: dict[str, float]
+    step_points: tuple[tuple[float, float], ...] = ()
+    host_s: float = 0.0
+    beta_s: float = 0.0
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        for name in ("a0_s", "a1_s", "a2_s", "tau0_s", "startup_s", "memory_bytes"):
+        for name in ("a0_s", "a1_s", "a2_s", "tau0_s", "startup_s", "memory_bytes", "host_s", "beta_s"):
             if not getattr(self, name) >= 0:
                 raise ProfileError(
                     f"profile of {self.model} on {self.device}: {name} is {getattr(self, name)}; it cannot be negative"
@@ -92,10 +97,24 @@ class Profile:
                 f"profile of {self.model} on {self.device}: alpha_s, max_batch and beam_size must be positive"
             )
 
+    def encode_s(self, source_tokens: Floats) -> float:
+        """Seconds of one packed encoder pass over sentences of these lengths, float64[B]."""
+        return float(self.a0_s + self.a1_s * source_tokens.sum() + self.a2_s * (source_tokens**2).sum())
+
+    def step_s(self, rows: float, cached_tokens: float = 0.0) -> float:
+        """Seconds of a decode step of so many live rows that hold `cached_tokens` target tokens together: between the points
+        measured, else by the line.
+        """
+        if not self.step_points or rows > self.step_points[-1][0]:
+            return self.tau0_s + self.alpha_s * rows + self.beta_s * cached_tokens
+        sizes, seconds = np.array(self.step_points).T
+        return float(np.interp(rows, sizes, seconds)) + self.beta_s * cached_tokens
+
     def service(self, source_tokens: float, target_tokens: float) -> BatchService:
         """The replica as a batch server for sentences of these lengths."""
         fixed = self.a0_s + target_tokens * self.tau0_s
-        each = source_tokens * (self.a1_s + self.a2_s * source_tokens) + target_tokens * self.alpha_s * self.beam_size
+        row_s = target_tokens * (self.alpha_s + self.beta_s * target_tokens / 2)
+        each = source_tokens * (self.a1_s + self.a2_s * source_tokens) + self.beam_size * row_s
         return BatchService(fixed, each, self.max_batch)
 
     def capacity_per_s(self, source_tokens: float, target_tokens: float, slo_s: float, arrival_cv2: float = 1.0) -> float:
@@ -119,25 +138,40 @@ class Profile:
             raise ProfileError(f"{path}: {', '.join(missing)} missing; measure again")
         if unknown := sorted(raw.keys() - known):
             raise ProfileError(f"{path}: unknown {', '.join(unknown)}; remove them or measure again")
-        return cls(**{**raw, "born": Birth(**raw["born"])})
+        points = tuple((float(rows), float(seconds)) for rows, seconds in raw["step_points"])
+        return cls(**{**raw, "born": Birth(**raw["born"]), "step_points": points})
 
 
 def fit_line(x: Floats, seconds: Floats) -> tuple[float, float, float, float]:
-    """(intercept, slope, their standard errors) by least squares weighted by 1/seconds (timing noise grows with the time).
+    """(intercept, slope, their standard errors) of seconds float64[N] over x float64[N], neither below 0."""
+    (intercept, slope), (intercept_error, slope_error) = fit_costs(np.stack([np.ones_like(x), x], 1), seconds)
+    return float(intercept), float(slope), float(intercept_error), float(slope_error)
 
-    x, seconds float64[N], N >= 3. A negative intercept is refitted as 0.
+
+def fit_costs(design: Floats, seconds: Floats) -> tuple[Floats, Floats]:
+    """(coefficients float64[K] >= 0, standard errors) by least squares weighted by 1/seconds: timing noise grows with time.
+
+    design float64[N, K], N > K. What would come out negative is left out, the worst first, and is 0 without an error.
     """
-    if len(x) < 3 or len(np.unique(x)) < 2:
-        raise ProfileError(f"{len(x)} timings at {len(np.unique(x))} sizes; at least 3 timings at 2 sizes are needed")
-    design = np.stack([np.ones_like(x), x], 1) / seconds[:, None]
-    solution, *_ = np.linalg.lstsq(design, np.ones(len(x)))
-    if solution[0] < 0:
-        slope = float((x / seconds).sum() / ((x / seconds) ** 2).sum())
-        noise = np.sqrt(((slope * x / seconds - 1) ** 2).sum() / (len(x) - 1))
-        return 0.0, slope, 0.0, float(noise / np.sqrt(((x / seconds) ** 2).sum()))
-    noise = ((design @ solution - 1) ** 2).sum() / (len(x) - 2)
-    errors = np.sqrt(np.diag(np.linalg.inv(design.T @ design)) * noise)
-    return float(solution[0]), float(solution[1]), float(errors[0]), float(errors[1])
+    num_timings, num_costs = design.shape
+    num_sizes = len(np.unique(design, axis=0))
+    if num_timings <= num_costs or num_sizes < num_costs:
+        raise ProfileError(
+            f"{num_timings} timings at {num_sizes} sizes; at least {num_costs + 1} timings at {num_costs} sizes are needed"
+        )
+    weighted = design / seconds[:, None]
+    kept = np.arange(num_costs)
+    while True:
+        solution, *_ = np.linalg.lstsq(weighted[:, kept], np.ones(num_timings))
+        if solution.min() >= 0 or len(kept) == 1:
+            break
+        kept = np.delete(kept, int((solution * np.abs(weighted[:, kept]).mean(0)).argmin()))
+    used = weighted[:, kept]
+    noise = ((used @ solution - 1) ** 2).sum() / (num_timings - len(kept))
+    coefficients, errors = np.zeros(num_costs), np.zeros(num_costs)
+    coefficients[kept] = solution
+    errors[kept] = np.sqrt(np.diag(np.linalg.inv(used.T @ used)) * noise)
+    return coefficients, errors
 
 
 def distinct_experts(num_experts: int, tokens: Floats) -> Floats:
@@ -189,6 +223,7 @@ def roofline_profile(
         max_batch=max_batch,
         born=born,
         errors={"tau0_s": tau0_error, "alpha_s": alpha_error},
+        step_points=tuple(zip(rows.tolist(), step.tolist(), strict=True)),
     )
 
 

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from app.cost.fleet import FleetProblem, PlanError, solve_exact
+from app.cost.fleet_benchmark import random_fleet
+from app.cost.fleet_columns import enumerate_candidates
+from app.cost.fleet_exchange import _alternatives
 from app.cost.fleet_search import solve_fast
 
 PRICES = np.array([0.526, 0.8048, 1.006, 1.861, 2.745, 3.431, 6.88, 7.912])
@@ -68,16 +71,38 @@ def test_fast_plans_of_200_pools_are_within_half_a_percent_of_the_proven_bound(t
     assert fast.usd_per_hour <= 1.005 * exact.bound_usd_per_hour
 
 
-def test_binding_quotas_are_kept_near_the_bound() -> None:
-    case = problem(3, 60, 8, 1000, 0.8)
-    use = solve_fast(case).counts.sum(0)
-    top = np.argsort(-use)[:2]
-    quota = np.full(8, np.inf)
-    quota[top] = np.floor(0.6 * use[top])
-    limited = replace(case, quota=quota)
+@pytest.mark.parametrize("seed", range(16))
+def test_binding_quotas_cost_at_most_half_a_percent_more_than_the_bound(seed: int) -> None:
+    limited = random_fleet(seed, with_quotas=True)
+    free = solve_fast(replace(limited, quota=np.full(8, np.inf)))
+    assert (free.counts.sum(0) > limited.quota).any()
     fast = solve_fast(limited)
     assert limited.violations(fast.counts) == []
-    assert fast.usd_per_hour <= 1.02 * fast.bound_usd_per_hour
+    assert fast.usd_per_hour <= 1.005 * fast.bound_usd_per_hour
+    assert fast.bound_usd_per_hour >= free.bound_usd_per_hour - 1e-6
+
+
+@pytest.mark.parametrize(("seed", "pools"), [(1, 30), (2, 30), (3, 30), (5, 6), (6, 6), (7, 6)])
+def test_plans_under_quotas_are_near_the_solvers_own(seed: int, pools: int) -> None:
+    pytest.importorskip("highspy")
+    case = random_fleet(seed, pools, with_quotas=True)
+    exact, fast = solve_exact(case, time_limit_s=5.0), solve_fast(case)
+    assert case.violations(fast.counts) == []
+    assert fast.usd_per_hour <= (1.005 if pools == 30 else 1.02) * exact.usd_per_hour
+
+
+def test_every_alternative_of_an_exchange_keeps_the_pools_rules() -> None:
+    case = random_fleet(4, 12, with_quotas=True)
+    candidates = enumerate_candidates(case, split_shares=True)
+    plan = solve_fast(case).counts
+    room = np.where(np.isfinite(case.quota), 3.0, np.inf)
+    for pool in range(12):
+        alternatives = _alternatives(case, candidates, pool, plan[pool], room)
+        sane = alternatives[alternatives.max(1) < 1e6]
+        assert len(sane) > 100
+        alone = replace(case.pool(pool), quota=np.full(8, np.inf))
+        for counts in sane.astype(np.int64):
+            assert alone.violations(counts[None]) == []
 
 
 def test_a_gpu_that_does_not_run_the_model_is_not_used() -> None:

@@ -15,6 +15,7 @@ from app.cost.hardware import CatalogueError, devices, price_catalogue, usd_per_
 from app.cost.paper import paper_report, paper_table
 from app.cost.plan import PlanRules, PoolDemand, make_plan, read_pools, table
 from app.cost.profile import Birth, Profile, ProfileError, distinct_experts, fit_line, roofline_profile
+from app.deployment import DeploymentPlan
 from engine.config import ModelConfig
 
 POOLS = """
@@ -170,3 +171,22 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["plan", str(path), "--quota", "L4"]) == 2
     assert main(["plan", str(path), "--gpu", "abacus"]) == 2
     assert "abacus" in capsys.readouterr().err
+
+
+def test_the_shipped_profile_is_readable_and_measured() -> None:
+    profile = Profile.load(Path(str(resources.files("app.cost") / "data" / "profile_demo_w8a16_beam4_cpu.json")))
+    assert not profile.estimated
+    assert profile.errors["tau0_s"] < 0.1 * profile.tau0_s
+    assert profile.step_s(32) < profile.step_s(32, 32 * 40)
+
+
+def test_a_plan_is_written_for_deploy_and_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("highspy")
+    pytest.importorskip("matplotlib")
+    path, written, picture = tmp_path / "pools.yaml", tmp_path / "plan.json", tmp_path / "plan.png"
+    path.write_text(POOLS)
+    assert main(["plan", str(path), "--gpu", "H100", "--json", str(written), "--plot", str(picture)]) == 0
+    lines = DeploymentPlan.read(written).lines
+    assert {line.pool for line in lines} == {"en-de", "en-ja"}
+    assert all(line.estimated and line.gpu == "H100" for line in lines)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
