@@ -2,6 +2,7 @@
 # make test   lint, types, import contracts and tests
 # make loadtest   a short open-loop load test of a service that runs on PORT; RATE=2 requests/s, DURATION=30 s
 # make replay-benchmark   cost of the autoscaling policy against a clairvoyant plan on two weeks of real traffic; ten minutes
+# make audit  look up every pinned dependency in the advisory database; what cannot be looked up counts as not audited (status 2)
 # make clean  remove what the others made
 #
 # Both make a virtual environment in .venv and install the versions of constraints.txt into it; the second time they only start.
@@ -24,7 +25,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test loadtest replay-benchmark clean
+.PHONY: help run test loadtest replay-benchmark audit clean
 
 help:
 	@awk '/^#/ { sub(/^# ?/, ""); print; next } { exit }' Makefile
@@ -43,6 +44,10 @@ loadtest: $(VENV)/.installed-test
 
 replay-benchmark: $(VENV)/.installed-run
 	@$(BIN)/python -m app.cost.benchmark
+
+audit: $(VENV)/.installed-test
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[audit]"
+	@$(BIN)/python -m tests.dependency_audit
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

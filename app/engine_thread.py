@@ -20,6 +20,7 @@ from engine.types import EngineFullError, EngineStats, RequestError, Translation
 
 log = logging.getLogger("ray.serve")
 
+MAX_FAULTS_IN_A_ROW = 16  # one poisonous sentence is no reason; a device on which nothing works any more is
 _DRAIN_STEP_S = 5.0  # after the drain time: how long one last step may take before the thread is left behind
 
 
@@ -113,12 +114,16 @@ class EngineThread:
         return await asyncio.wrap_future(job.future)
 
     def check(self, stuck_after_s: float) -> None:
-        """Raise EngineDeadError when the thread died or one round of work takes longer than `stuck_after_s` seconds."""
+        """Raise EngineDeadError when the thread died, one round of work takes longer than `stuck_after_s` seconds, or
+        sentence after sentence fails by itself, as on a broken GPU.
+        """
         if self._fault is not None or not self._thread.is_alive():
             raise EngineDeadError(f"the engine thread died: {self._fault!r}")
         since = self._busy_since
         if since is not None and (stuck_s := time.monotonic() - since) > stuck_after_s:
             raise EngineDeadError(f"the engine has been in one step for {stuck_s:.0f} s")
+        if (num_faults := self.stats.num_faults_in_a_row) >= MAX_FAULTS_IN_A_ROW:
+            raise EngineDeadError(f"the last {num_faults} sentences all failed")
 
     def stop(self, drain_s: float) -> bool:
         """Refuse new work, finish what is accepted within `drain_s` seconds, fail the rest. True when all finished."""

@@ -18,6 +18,7 @@ ERRORS: Mapping[str, tuple[HTTPStatus, str]] = {
     "cors_refused": (HTTPStatus.BAD_REQUEST, "this web origin may not call the API; see cors_allow_origins"),
     "not_found": (HTTPStatus.NOT_FOUND, "no such route"),
     "method_not_allowed": (HTTPStatus.METHOD_NOT_ALLOWED, "the route exists, the method does not"),
+    "body_too_slow": (HTTPStatus.REQUEST_TIMEOUT, "the body took longer to arrive than the service waits"),
     "body_too_large": (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the body has more bytes than the service accepts"),
     "unsupported_media_type": (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body must be sent as application/json"),
     "invalid_request": (_UNPROCESSABLE, "a field is missing, unknown or out of range; details lists each"),
@@ -43,6 +44,7 @@ _CODE_OF_STATUS: Mapping[int, str] = {
     HTTPStatus.BAD_REQUEST: "invalid_json",  # FastAPI raises 400 only for a body that it cannot parse
     HTTPStatus.NOT_FOUND: "not_found",
     HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
+    HTTPStatus.REQUEST_TIMEOUT: "body_too_slow",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "body_too_large",
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "unsupported_media_type",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -24,6 +24,7 @@ from app.schemas import (
     HealthAnswer,
     LanguageBody,
     LanguagesAnswer,
+    PoolAutoscalingBody,
     PoolLanguagesBody,
     PoolStatusBody,
     ReplicaBody,
@@ -32,11 +33,13 @@ from app.schemas import (
     TranslateBody,
 )
 from app.settings import ServiceSettings
+from app.status import ReadPlans, autoscaling_bodies, plans_of
 from app.text.languages import resolve_language
+from app.tracing import span
 from app.translation import TranslationService
 from app.version import service_version
 
-_ERROR_STATUSES = (400, 413, 415, 422, 500, 503, 504)
+_ERROR_STATUSES = (400, 408, 413, 415, 422, 500, 503, 504)
 _DESCRIPTION = """Machine translation with a Mixture-of-Experts model.
 
 Every error answer, on every route, is `{"error": {"code", "message", "details"?, "request_id"}}`.
@@ -45,9 +48,16 @@ Texts are translated line by line; blank texts and lines never reach the model a
 
 
 def build_api(
-    service: TranslationService, metrics: IngressMetrics, relay: MetricsRelay, *, echo_request_id: bool
+    service: TranslationService,
+    metrics: IngressMetrics,
+    relay: MetricsRelay,
+    *,
+    echo_request_id: bool,
+    read_plans: ReadPlans = dict,
 ) -> FastAPI:
-    """The whole HTTP API over a service; echo_request_id as in app.middleware.RequestContext."""
+    """The whole HTTP API over a service; echo_request_id as in app.middleware.RequestContext, read_plans the autoscaling
+    policy's.
+    """
     # FastAPI's own page at /docs loads its scripts from a public host, which a closed network has not
     api = FastAPIOffline(
         title="Babelephant",
@@ -60,11 +70,11 @@ def build_api(
     http = service.settings.http
     if http.cors_allow_origins:
         api.add_middleware(Cors, allow_origins=http.cors_allow_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
-    api.add_middleware(BodyLimit, max_bytes=http.max_body_bytes)
+    api.add_middleware(BodyLimit, max_bytes=http.max_body_bytes, max_s=http.max_body_s)
     api.add_middleware(RequestContext, metrics=metrics, echo_request_id=echo_request_id)  # added last = outermost
     _add_error_answers(api)
     _add_translation_routes(api, service, metrics)
-    _add_operation_routes(api, service, relay)
+    _add_operation_routes(api, service, relay, read_plans)
     return api
 
 
@@ -77,10 +87,11 @@ def _add_error_answers(api: FastAPI) -> None:
     async def framework_error(request: Request, error: HTTPException) -> JSONResponse:
         code = code_of_status(error.status_code)
         message = str(error.detail)
+        path = request.scope["path"]  # request.url would choke on a query that is not UTF-8
         if code == "not_found":
-            message = f"no route {request.url.path}; see /docs"
+            message = f"no route {path}; see /docs"
         elif code == "method_not_allowed":
-            message = f"{request.method} is not allowed on {request.url.path}"
+            message = f"{request.method} is not allowed on {path}"
         response = error_response(ServiceError(code, message), request.scope)
         response.headers.update(error.headers or {})
         return response
@@ -125,7 +136,9 @@ def _add_translation_routes(api: FastAPI, service: TranslationService, metrics: 
     )
     async def translate(body: TranslateBody, request: Request, response: Response) -> TranslateAnswer:
         started = time.perf_counter()
-        answer = await service.translate(body, request.state.request_id)
+        with span("translate", request_id=request.state.request_id, texts=len(body.texts)) as current:
+            answer = await service.translate(body, request.state.request_id)
+            current.set_attributes({"pool": answer.pool, "pair": f"{answer.source_lang}-{answer.target_lang}"})
         num_characters = sum(map(len, body.texts))
         metrics.translated(answer.pool, answer.source_lang, answer.target_lang, len(body.texts), num_characters)
         response.headers["Server-Timing"] = _server_timing(answer, (time.perf_counter() - started) * 1000)
@@ -164,13 +177,21 @@ def _server_timing(answer: TranslateAnswer, total_ms: float) -> str:
     return ", ".join(f"{name};dur={milliseconds:.1f}" for name, milliseconds in parts.items())
 
 
-def _add_operation_routes(api: FastAPI, service: TranslationService, relay: MetricsRelay) -> None:
+def _add_operation_routes(api: FastAPI, service: TranslationService, relay: MetricsRelay, read_plans: ReadPlans) -> None:
     started_at_s = time.monotonic()
     errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in (500, 503)}
 
-    async def replicas_by_pool() -> dict[str, tuple[ReplicaStatus, ...]]:
+    async def replicas_of(name: str, autoscaling: Mapping[str, PoolAutoscalingBody]) -> tuple[ReplicaStatus, ...]:
+        try:
+            return await service.replicas(name)
+        except ServiceError:
+            if name in autoscaling and autoscaling[name].target == 0:  # asleep: the next request wakes it
+                return ()
+            raise
+
+    async def replicas_by_pool(autoscaling: Mapping[str, PoolAutoscalingBody]) -> dict[str, tuple[ReplicaStatus, ...]]:
         names = list(service.pools)
-        return dict(zip(names, await asyncio.gather(*(service.replicas(name) for name in names)), strict=True))
+        return dict(zip(names, await asyncio.gather(*(replicas_of(name, autoscaling) for name in names)), strict=True))
 
     @api.get("/livez", summary="This process answers")
     async def livez() -> HealthAnswer:
@@ -179,13 +200,14 @@ def _add_operation_routes(api: FastAPI, service: TranslationService, relay: Metr
     @api.get("/readyz", responses=errors, summary="Every pool answers")
     async def readyz() -> HealthAnswer:
         try:
-            await replicas_by_pool()
+            await replicas_by_pool((await autoscaling_bodies(read_plans))[0])
         except ServiceError as error:
             raise ServiceError("not_ready", error.message, retry_after_s=service.settings.http.retry_after_s) from error
         return HealthAnswer(status="ok")
 
     @api.get("/v1/status", responses=errors, summary="Pools, replicas and their load")
     async def status() -> StatusAnswer:
+        autoscaling, autoscaling_error = await autoscaling_bodies(read_plans)
         pools = [
             PoolStatusBody(
                 name=name,
@@ -193,10 +215,16 @@ def _add_operation_routes(api: FastAPI, service: TranslationService, relay: Metr
                 precision=service.settings.pools[name].precision,
                 pairs=service.settings.pools[name].pairs,
                 replicas=[_replica_body(replica) for replica in replicas],
+                autoscaling=autoscaling.get(name),
             )
-            for name, replicas in (await replicas_by_pool()).items()
+            for name, replicas in (await replicas_by_pool(autoscaling)).items()
         ]
-        return StatusAnswer(version=service_version(), uptime_s=round(time.monotonic() - started_at_s, 3), pools=pools)
+        return StatusAnswer(
+            version=service_version(),
+            uptime_s=round(time.monotonic() - started_at_s, 3),
+            pools=pools,
+            autoscaling_error=autoscaling_error,
+        )
 
     @api.get("/metrics", responses=errors, response_class=PlainTextResponse, summary="Prometheus metrics, all processes")
     async def metrics_page() -> Response:
@@ -226,9 +254,13 @@ class Ingress:
 
     def __init__(self, settings: ServiceSettings, pools: dict[str, Any]) -> None:
         retry_after_s = settings.http.retry_after_s
-        clients = {name: RayPool(name, handle, retry_after_s) for name, handle in pools.items()}
+        self._metrics = IngressMetrics()
+        clients = {
+            name: RayPool(name, handle, retry_after_s, on_lost=self._metrics.replica_lost) for name, handle in pools.items()
+        }
         self._service = TranslationService(settings, clients)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once after `__init__`."""
-        return build_api(self._service, IngressMetrics(), MetricsRelay(), echo_request_id=False)
+        read_plans = plans_of(serve.get_replica_context().app_name)
+        return build_api(self._service, self._metrics, MetricsRelay(), echo_request_id=False, read_plans=read_plans)

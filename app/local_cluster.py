@@ -154,6 +154,7 @@ def _deploy(config: ServeDeploySchema) -> None:
             http_options=config.http_options.model_dump(),
             proxy_location=config.proxy_location,
             global_logging_config=config.logging_config,
+            global_tracing_config=config.tracing_config,
         )
         client.deploy_apps(config)
     except RayError as error:

@@ -6,12 +6,14 @@ application, deployment and replica. Durations are in seconds; counters end in `
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray.serve import metrics as serve_metrics
 
+from engine.accounting import MemoryPlan
 from engine.types import EngineStats, Translation, TranslationRequest
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -55,6 +57,7 @@ INGRESS_METRICS: Mapping[str, MetricSpec] = {
     "request_seconds": _histogram("http_request_seconds", "From request to last byte of the answer", _SECONDS, "route"),
     "errors": _counter("errors", "Error answers by error code", "code"),
     "texts": _histogram("request_texts", "Texts in one translate request", _TEXTS, "pool"),
+    "lost_calls": _counter("lost_replica_calls", "Calls whose replica was lost; each is tried once more", "pool", "reason"),
     "characters": _counter("source_characters", "Characters of texts translated", *_PAIR),
 }
 
@@ -71,6 +74,29 @@ POOL_METRICS: Mapping[str, MetricSpec] = {
     "max_rows": _gauge("max_rows", "Most beams that can be decoded at once", "pool"),
     "waiting": _gauge("waiting_sentences", "Sentences in the engine's queue", "pool"),
     "pending": _gauge("pending_sentences", "Sentences accepted and not answered yet", "pool"),
+    "encode_passes": _counter("encode_passes", "Encoder passes", "pool"),
+    "decode_steps": _counter("decode_steps", "Decode steps", "pool"),
+    "decoded_rows": _counter("decoded_rows", "Live beams of all decode steps: over decode steps, the mean batch", "pool"),
+    "retried": _counter("retried_sentences", "Sentences that started over after a fault in work they shared", "pool"),
+    "memory": _gauge("memory_bytes", "Weights and caches of the replica, by part; from the model's shape", "pool", "part"),
+    "cost": _counter(
+        "cost_usd", "Price of the replica's time, where usd_per_hour of the pool's user_config says it", "pool"
+    ),
+}
+# metric -> field of EngineStats that counts since the start of the engine
+_ENGINE_COUNTS: Mapping[str, str] = {
+    "encode_passes": "num_encode_passes",
+    "decode_steps": "num_decode_steps",
+    "decoded_rows": "num_decoded_rows",
+    "retried": "num_retries",
+}
+
+AUTOSCALING_METRICS: Mapping[str, MetricSpec] = {
+    "ready": _gauge("autoscaling_ready_replicas", "Replicas that serve, at the last decision", "pool"),
+    "target": _gauge("autoscaling_target_replicas", "Replicas decided, those still starting included", "pool"),
+    "pending": _gauge("autoscaling_pending_replicas", "Replicas decided that do not serve yet", "pool"),
+    "forecast": _gauge("autoscaling_forecast_sentences", "Forecast of the coming peak, sentences per second", "pool"),
+    "decisions": _counter("autoscaling_decisions", "Decisions by reason (app.cost.guards.REASONS)", "pool", "reason"),
 }
 
 
@@ -87,6 +113,10 @@ class IngressMetrics:
         if error_code is not None:
             self._live["errors"].inc(1, tags={"code": error_code})
 
+    def replica_lost(self, pool: str, reason: str) -> None:
+        """A replica went away with a call; reason is the name of Ray's error."""
+        self._live["lost_calls"].inc(1, tags={"pool": pool, "reason": reason})
+
     def translated(self, pool: str, src_lang: str, tgt_lang: str, num_texts: int, num_characters: int) -> None:
         """One translate request succeeded."""
         self._live["texts"].observe(num_texts, tags={"pool": pool})
@@ -100,6 +130,8 @@ class PoolMetrics:
     def __init__(self, pool: str) -> None:
         self._pool = {"pool": pool}
         self._live = {key: spec.create() for key, spec in POOL_METRICS.items()}
+        self._counted = dict.fromkeys(_ENGINE_COUNTS, 0)
+        self._paid_until_s = time.monotonic()
 
     def finished(self, request: TranslationRequest, translation: Translation) -> None:
         """One sentence left the engine."""
@@ -127,7 +159,7 @@ class PoolMetrics:
         self._live["cancelled"].inc(num_sentences, tags=self._pool)
 
     def level(self, stats: EngineStats, num_pending: int) -> None:
-        """Counts right now."""
+        """Counts right now, and what the engine did since the last call."""
         for key, value in (
             ("live_rows", stats.num_live_rows),
             ("max_rows", stats.max_rows),
@@ -135,3 +167,39 @@ class PoolMetrics:
             ("pending", num_pending),
         ):
             self._live[key].set(value, tags=self._pool)
+        for key, field in _ENGINE_COUNTS.items():
+            count = getattr(stats, field)
+            if count > self._counted[key]:
+                self._live[key].inc(count - self._counted[key], tags=self._pool)
+            self._counted[key] = count
+
+    def memory(self, plan: MemoryPlan) -> None:
+        """Bytes this replica holds."""
+        for part, size in (
+            ("experts", plan.experts_bytes),
+            ("rest", plan.rest_bytes),
+            ("layout_copies", plan.layout_copies_bytes),
+            ("kv_cache", plan.kv_cache_bytes),
+        ):
+            self._live["memory"].set(size, tags={**self._pool, "part": part})
+
+    def paid(self, usd_per_hour: float | None) -> None:
+        """Time passed since the last call, at this price of one replica; None: it has none."""
+        now = time.monotonic()
+        if usd_per_hour:
+            self._live["cost"].inc((now - self._paid_until_s) * usd_per_hour / 3600, tags=self._pool)
+        self._paid_until_s = now
+
+
+class AutoscalingMetrics:
+    """What the autoscaling policy records, in Serve's controller."""
+
+    def __init__(self) -> None:
+        self._live = {key: spec.create() for key, spec in AUTOSCALING_METRICS.items()}
+
+    def decided(self, pool: str, num_ready: int, target: int, num_pending: int, forecast_per_s: float, reason: str) -> None:
+        """One pool's part of a decision."""
+        tags = {"pool": pool}
+        for key, value in (("ready", num_ready), ("target", target), ("pending", num_pending), ("forecast", forecast_per_s)):
+            self._live[key].set(value, tags=tags)
+        self._live["decisions"].inc(1, tags={**tags, "reason": reason})

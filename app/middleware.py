@@ -77,15 +77,17 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuses bodies over `max_bytes`, known by Content-Length or by counting, without ever holding them.
+    """Refuses bodies over `max_bytes`, known by Content-Length or by counting, without ever holding them, and bodies that
+    have not arrived after `max_s` seconds: a sender that trickles would hold its place for ever.
 
     The rest of a refused body is read and thrown away, within bounds: a client that is still sending when the connection
     closes sees a reset instead of the answer.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_s = max_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one HTTP exchange; other ASGI scopes pass through."""
@@ -99,10 +101,19 @@ class BodyLimit:
             await error_response(error, scope)(scope, receive, send)
             return
         num_bytes = 0
+        is_complete = False
+        give_up_s = asyncio.get_running_loop().time() + self._max_s
 
         async def receive_limited() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+            nonlocal num_bytes, is_complete
+            if is_complete:
+                return await receive()  # what comes now is the client hanging up, and that may take long
+            try:
+                async with asyncio.timeout_at(give_up_s):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not arrive within {self._max_s:g} s") from None
+            is_complete = not message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_bytes:
                 await _discard_body(receive)

@@ -9,12 +9,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import (
+    ActorPlacementGroupRemoved,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RpcError,
+    WorkerCrashedError,
+)
+from ray.exceptions import OutOfMemoryError as NodeOutOfMemoryError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
 from app.errors import ServiceError
 from engine.types import EngineStats, Translation, TranslationRequest
@@ -23,6 +32,21 @@ log = logging.getLogger("ray.serve")
 
 _MAX_ATTEMPTS = 2  # Serve never retries a request whose replica died
 _STATUS_TIMEOUT_S = 5.0
+
+# How Ray 2.60 says that whoever held the call is gone: the replica itself (also unreachable for a moment), its worker
+# process or node, the owner or the only copy of its answer, or the node's memory monitor that killed it. None of them is an
+# answer, and translating again does no harm.
+LOST_REPLICA_ERRORS: tuple[type[Exception], ...] = (
+    RayActorError,
+    ObjectLostError,
+    WorkerCrashedError,
+    NodeDiedError,
+    LocalRayletDiedError,
+    NodeOutOfMemoryError,
+    ActorPlacementGroupRemoved,
+    RpcError,
+    ReplicaUnavailableError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +102,21 @@ class Pool(Protocol):
 
 
 class RayPool:
-    """A pool behind a Ray Serve handle."""
+    """A pool behind a Ray Serve handle.
 
-    def __init__(self, name: str, handle: Any, retry_after_s: int = 1) -> None:
+    on_lost(pool, error name) is called for every call whose replica was lost.
+    """
+
+    def __init__(
+        self, name: str, handle: Any, retry_after_s: int = 1, *, on_lost: Callable[[str, str], None] | None = None
+    ) -> None:
         self._name = name
         self._handle = handle
         self._retry_after_s = retry_after_s
+        self._on_lost = on_lost
 
     async def translate(self, requests: Sequence[TranslationRequest], budget_s: float) -> TranslateReply:
-        """One handle call for the whole list; once more elsewhere when the replica died.
+        """One handle call for the whole list; once more elsewhere when the replica was lost.
 
         Failed is not tried again: a sentence that breaks an engine would break a second one.
         """
@@ -94,8 +124,11 @@ class RayPool:
         for attempt in range(_MAX_ATTEMPTS):
             try:
                 return await self._call(requests, deadline - time.monotonic())
-            except RayActorError as error:
-                log.warning("pool %s: replica died in attempt %d: %s", self._name, attempt + 1, type(error).__name__)
+            except LOST_REPLICA_ERRORS as error:
+                reason = type(error).__name__
+                log.warning("pool %s: replica lost in attempt %d: %s", self._name, attempt + 1, reason)
+                if self._on_lost is not None:
+                    self._on_lost(self._name, reason)
         raise self._unavailable("its replicas died while translating")
 
     async def _call(self, requests: Sequence[TranslationRequest], remaining_s: float) -> TranslateReply:

@@ -13,11 +13,14 @@ from typing import Any
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
+from app.autoscaling.feed import OFFERED, UPTIME, WAITING
 from app.engine_thread import Engine, EngineDeadError, EngineFailedError, EngineThread, RefusedError
 from app.metrics import PoolMetrics
 from app.pools import Busy, Failed, Refused, ReplicaStatus, Translated, TranslateReply
 from app.settings import PoolSettings, PoolTuning
-from engine.config import EngineConfig
+from app.tracing import record_sentences, span
+from engine.accounting import plan_memory
+from engine.config import EngineConfig, ModelConfig
 from engine.types import EngineFullError, TranslationRequest
 
 log = logging.getLogger("ray.serve")
@@ -49,6 +52,8 @@ class Replica:
 
     def __init__(self, pool: str, settings: PoolSettings) -> None:
         config = settings.engine_config()
+        logging.getLogger("engine").parent = log  # the engine's warnings go where Serve's go, in the same format
+        self._pool = pool
         self._device = config.device
         self._metrics = PoolMetrics(pool)
         self._default_max_pending = config.max_waiting + config.max_source_slots
@@ -59,8 +64,14 @@ class Replica:
         self._languages = translator.languages
         self._thread = EngineThread(translator, max_pending=self._default_max_pending, on_death=exit_soon)
         self._ready_at_s = time.monotonic()
+        self._num_offered = 0  # sentences since then, refused ones included
         self._rate = (time.monotonic(), 0, 0.0)  # last sample time, target tokens since then, tokens per second
-        self._metrics.level(self._thread.stats, 0)
+        self._metrics.memory(plan_memory(ModelConfig.from_checkpoint(checkpoint), config))
+        self._record_levels()
+
+    def _record_levels(self) -> None:
+        self._metrics.level(self._thread.stats, self._thread.num_pending)
+        self._metrics.paid(self._tuning.usd_per_hour)
 
     def _load(self, checkpoint: Path, config: EngineConfig) -> Engine:
         from engine.translator import Translator  # loads torch: replicas only
@@ -72,11 +83,21 @@ class Replica:
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply PoolTuning in place. Serve may call this again with the same values."""
+        self._metrics.paid(self._tuning.usd_per_hour)  # up to now at the old price
         self._tuning = PoolTuning.model_validate(user_config)
         self._thread.max_pending = self._tuning.max_pending or self._default_max_pending
 
     async def translate(self, requests: list[TranslationRequest]) -> TranslateReply:
         """Translate one HTTP request's sentences; full, bad and dead are answers, not exceptions."""
+        with span("replica.translate", pool=self._pool, sentences=len(requests)) as current:
+            started_at_s = time.time()
+            self._num_offered += len(requests)
+            reply = await self._translate(requests)
+            if isinstance(reply, Translated):
+                record_sentences(current, reply.translations, started_at_s)
+        return reply
+
+    async def _translate(self, requests: list[TranslationRequest]) -> TranslateReply:
         try:
             translations = await self._thread.translate(requests)
         except EngineFullError:
@@ -97,7 +118,7 @@ class Replica:
             self._metrics.finished(request, translation)
         sampled_at, tokens, per_s = self._rate
         self._rate = (sampled_at, tokens + sum(t.num_target_tokens for t in translations), per_s)
-        self._metrics.level(self._thread.stats, self._thread.num_pending)
+        self._record_levels()
         return Translated(translations)
 
     async def status(self) -> ReplicaStatus:
@@ -113,6 +134,7 @@ class Replica:
 
     def check_health(self) -> None:
         """Serve replaces this replica when this raises: the engine thread died or is stuck."""
+        self._record_levels()
         self._thread.check(self._tuning.stuck_after_s)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -122,9 +144,11 @@ class Replica:
         per_s = tokens / max(now - sampled_at, 1e-3)
         self._rate = (now, 0, per_s)
         stats = self._thread.stats
-        self._metrics.level(stats, self._thread.num_pending)
+        self._record_levels()
         return {
-            "waiting_sentences": float(stats.num_waiting),
+            OFFERED: float(self._num_offered),
+            UPTIME: now - self._ready_at_s,
+            WAITING: float(stats.num_waiting),
             "running_sentences": float(stats.num_running),
             "pending_sentences": float(self._thread.num_pending),
             "row_utilization": stats.num_live_rows / stats.max_rows,

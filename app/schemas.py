@@ -119,22 +119,38 @@ class ReplicaBody(BaseModel):
     uptime_s: float
 
 
+class PoolAutoscalingBody(BaseModel):
+    """The newest decision about one pool's replicas."""
+
+    current: int = Field(description="replicas that served at the decision")
+    target: int = Field(description="replicas decided, those still starting included")
+    pending: int = Field(description="replicas decided that do not serve yet")
+    reason: str = Field(description="why; the words are listed in app/cost/guards.py")
+    forecast_per_s: float = Field(description="forecast of the coming peak, sentences per second")
+    offered_per_s: float = Field(description="sentences per second offered in the interval before")
+    backlog: float = Field(description="sentences that wait")
+    decided_at: str = Field(description="ISO 8601, UTC")
+    state: str = Field(description="waiting (for metrics), warming_up (removes nothing yet) or deciding")
+
+
 class PoolStatusBody(BaseModel):
-    """One pool and its replicas."""
+    """One pool and its replicas; autoscaling is null where no policy decides."""
 
     name: str
     model: str
     precision: str
     pairs: list[str]
     replicas: list[ReplicaBody]
+    autoscaling: PoolAutoscalingBody | None = None
 
 
 class StatusAnswer(BaseModel):
-    """State of the service."""
+    """State of the service; autoscaling_error says why the autoscaling policy decides nothing."""
 
     version: str
     uptime_s: float
     pools: list[PoolStatusBody]
+    autoscaling_error: str | None = None
 
 
 class HealthAnswer(BaseModel):

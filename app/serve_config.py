@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
+from app.autoscaling.settings import POLICY_PATH, AutoscalingSettings
 from app.settings import INGRESS_NAME, PoolTuning, ServiceSettings
 
 OUR_IMPORT_PATH = "app.serve:build_app"
@@ -22,22 +23,32 @@ class ServeConfigError(ValueError):
 
 def load_serve_config(path: Path, *, host: str | None = None, port: int | None = None) -> ServeDeploySchema:
     """Read and check a Serve YAML; `host` and `port` replace those of its http_options. Raises ServeConfigError."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ServeConfigError(f"{path} does not exist; cluster_configs/serve/ holds examples") from None
-    except yaml.YAMLError as error:
-        raise ServeConfigError(f"{path} is not valid YAML: {error}") from error
-    try:
-        config = ServeDeploySchema.model_validate(raw)
-        if problems := [*unknown_keys(ServeDeploySchema, raw), *_deployment_problems(config)]:
-            raise ServeConfigError(f"{path}: {'; '.join(problems)}")
-    except ValidationError as error:
-        raise ServeConfigError(f"{path}: {error}") from error
+    config = check_serve_config(read_yaml(path), str(path))
     options = config.http_options.model_copy(
         update={key: value for key, value in (("host", host), ("port", port)) if value is not None}
     )
     return config.model_copy(update={"http_options": options})
+
+
+def read_yaml(path: Path) -> Any:
+    """The parsed file. Raises ServeConfigError when it is absent or not YAML."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ServeConfigError(f"{path} does not exist; cluster_configs/serve/ holds examples") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ServeConfigError(f"{path} is not valid YAML: {error}") from error
+
+
+def check_serve_config(raw: Any, name: str) -> ServeDeploySchema:
+    """Check a parsed Serve YAML, unknown keys included; errors call it `name`. Raises ServeConfigError."""
+    try:
+        config = ServeDeploySchema.model_validate(raw)
+        if problems := [*unknown_keys(ServeDeploySchema, raw), *_deployment_problems(config)]:
+            raise ServeConfigError(f"{name}: {'; '.join(problems)}")
+    except ValidationError as error:
+        raise ServeConfigError(f"{name}: {error}") from error
+    return config
 
 
 def unknown_keys(model: type[BaseModel], data: Any, path: str = "") -> list[str]:
@@ -67,6 +78,13 @@ def _deployment_problems(config: ServeDeploySchema) -> list[str]:
         for deployment in application.deployments:
             if isinstance(deployment.autoscaling_config, dict):
                 AutoscalingConfig.model_validate(deployment.autoscaling_config)
+        policy = application.autoscaling_policy or {}
+        if policy.get("policy_function") == POLICY_PATH:
+            planned = AutoscalingSettings.model_validate(policy.get("policy_kwargs", {})).pools
+            scaled = {d.name for d in application.deployments if d.autoscaling_config is not None}
+            problems += [
+                f"the policy plans {name!r}, which has no autoscaling_config" for name in planned if name not in scaled
+            ]
         if application.import_path == OUR_IMPORT_PATH:
             pools = ServiceSettings.model_validate(application.args).pools
             problems += [

@@ -63,6 +63,8 @@ class EngineLimits(_Strict):
     encode_token_budget: Positive = _ENGINE.encode_token_budget
     max_waiting: Positive = _ENGINE.max_waiting
     num_threads: Positive = _ENGINE.num_threads
+    batch_invariant: bool = _ENGINE.batch_invariant
+    int8_dense: bool = _ENGINE.int8_dense
 
 
 class PoolSettings(_Strict):
@@ -114,12 +116,14 @@ class PoolSettings(_Strict):
 class HttpLimits(_Strict):
     """What one HTTP request may ask for.
 
-    max_body_bytes: larger bodies get 413 before they are read. max_sentences: lines of all texts together.
+    max_body_bytes: larger bodies get 413 before they are read. max_body_s: slower ones get 408. max_sentences: lines of all
+    texts together.
     default_timeout_s / max_timeout_s: time budget without and with `timeout_s` in the body. retry_after_s: sent with a 503.
     cors_allow_origins: origins whose web pages may call the API; none by default.
     """
 
     max_body_bytes: Positive = 1_000_000
+    max_body_s: Annotated[float, Field(gt=0)] = 30.0
     max_texts: Positive = 128
     max_chars_per_text: Positive = 10_000
     max_sentences: Positive = 512
@@ -169,7 +173,9 @@ class PoolTuning(_Strict):
 
     stuck_after_s: an engine step that takes longer makes the replica unhealthy. max_pending: sentences a replica
     holds, running ones included, before it answers busy; None means the engine's max_waiting + max_source_slots.
+    usd_per_hour: price of one replica, for the metric of what a million characters costs; None: no such metric.
     """
 
     stuck_after_s: Annotated[float, Field(gt=0)] = 120.0
     max_pending: Positive | None = None
+    usd_per_hour: Annotated[float, Field(ge=0)] | None = None

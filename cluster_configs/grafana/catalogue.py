@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from app.metrics import INGRESS_METRICS, POOL_METRICS, MetricSpec
+from app.metrics import AUTOSCALING_METRICS, INGRESS_METRICS, POOL_METRICS, MetricSpec
 
 _SERVE = ("application", "deployment", "replica")  # Ray Serve adds them to ours
 _GPU = ("ip", "SessionName", "GpuIndex", "GpuDeviceName")
@@ -53,6 +53,8 @@ _RAYS = (
     _rays("node_cpu_utilization", "gauge", "percent", "ip", "SessionName"),
     _rays("node_mem_used", "gauge", "bytes", "ip", "SessionName"),
 )
-CATALOGUE: Mapping[str, Metric] = {
-    metric.name: metric for metric in (*map(_ours, INGRESS_METRICS.values()), *map(_ours, POOL_METRICS.values()), *_RAYS)
-}
+_AUTOSCALING = tuple(  # from Serve's controller, which adds no labels of its own
+    Metric(f"ray_{spec.name}", spec.kind, unit_of(spec), frozenset(spec.labels)) for spec in AUTOSCALING_METRICS.values()
+)
+_SERVED = tuple(_ours(spec) for spec in (*INGRESS_METRICS.values(), *POOL_METRICS.values()))
+CATALOGUE: Mapping[str, Metric] = {metric.name: metric for metric in (*_SERVED, *_AUTOSCALING, *_RAYS)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster_configs.grafana.promql import Expr, PanelError, level, mean, quantile, rate, ratio
+from cluster_configs.grafana.promql import Expr, PanelError, level, mean, per, quantile, rate, ratio
 
 _OURS = "ray_babelephant_"
 _POOL = {"pool": "$pool"}
@@ -91,6 +91,18 @@ SERVICE = Dashboard(
             {"mean {{pool}}": mean(_OURS + "request_texts", by=("pool",))},
             "Small requests pay the ingress once per text: batch at the caller.",
         ),
+        Panel(
+            "Cost of a million characters",
+            "usd/million characters",
+            {"all pools": per(rate(_OURS + "cost_usd_total"), rate(_OURS + "source_characters_total"), million=True)},
+            "Replica time at usd_per_hour (user_config) over source characters: only true when every pool has its price.",
+        ),
+        Panel(
+            "Calls whose replica was lost",
+            "calls/s",
+            {"{{pool}} {{reason}}": rate(_OURS + "lost_replica_calls_total", by=("pool", "reason"))},
+            "Each is tried once more; only a second loss becomes a 503.",
+        ),
     ),
 )
 POOLS = Dashboard(
@@ -161,6 +173,35 @@ POOLS = Dashboard(
             "sentences/s",
             {"{{pool}}": rate(_OURS + "cancelled_sentences_total", by=("pool",), where=_POOL)},
             "Their work is freed within one step.",
+        ),
+        Panel(
+            "Rows in a decode step",
+            "rows/steps",
+            {
+                "{{pool}}": per(
+                    rate(_OURS + "decoded_rows_total", by=("pool",), where=_POOL),
+                    rate(_OURS + "decode_steps_total", by=("pool",), where=_POOL),
+                )
+            },
+            "The mean batch: what a step costs is spread over this many beams.",
+        ),
+        Panel(
+            "Encoder passes",
+            "passes/s",
+            {"{{pool}}": rate(_OURS + "encode_passes_total", by=("pool",), where=_POOL)},
+            "Passes; a pass takes in several sentences under load.",
+        ),
+        Panel(
+            "Sentences that started over",
+            "sentences/s",
+            {"{{pool}}": rate(_OURS + "retried_sentences_total", by=("pool",), where=_POOL)},
+            "After a fault in work they shared; the one that caused it ends as `error`.",
+        ),
+        Panel(
+            "Memory by part",
+            "bytes",
+            {"{{part}} {{pool}}": level(_OURS + "memory_bytes", by=("part", "pool"), where=_POOL)},
+            "Of all replicas: experts (quantized where the precision says so), other weights, copies for the CPU, caches.",
         ),
     ),
 )

@@ -1,6 +1,7 @@
 """PromQL expressions that know their unit. An unknown metric, the wrong kind or an absent label is an error here.
 
-`rate` of a counter is its unit per second; quantile and mean of a histogram keep its unit; a ratio of equal units has none.
+`rate` of a counter is its unit per second; quantile and mean of a histogram keep its unit; a ratio of equal units has none;
+`per` divides different ones.
 """
 
 from __future__ import annotations
@@ -56,6 +57,21 @@ def ratio(part: Expr, whole: Expr) -> Expr:
     if part.unit != whole.unit:
         raise PanelError(f"a ratio of {part.unit} and {whole.unit} is not a fraction: {part.text} / {whole.text}")
     return Expr(f"({part.text}) / ({whole.text})", "ratio")
+
+
+def per(part: Expr, whole: Expr, *, million: bool = False) -> Expr:
+    """part for each one of whole, or for each million: rows/s over steps/s is `rows/steps`.
+
+    Raises PanelError for one and the same unit, and for a rate over what is none.
+    """
+    if part.unit == whole.unit:
+        raise PanelError(f"{part.text} and {whole.text} are both in {part.unit}: that is a ratio")
+    thing, _, rest = part.unit.partition("/")
+    each, _, whole_rest = whole.unit.partition("/")
+    if rest != whole_rest:
+        raise PanelError(f"{part.unit} over {whole.unit} is not one for each")
+    factor, many = ("1e6 * ", "million ") if million else ("", "")
+    return Expr(f"{factor}({part.text}) / ({whole.text})", f"{thing}/{many}{each}")
 
 
 def _metric(name: str, kind: str, by: Sequence[str], where: Mapping[str, str] | None) -> Metric:

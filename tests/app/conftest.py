@@ -43,9 +43,9 @@ class Service:
             name: LocalPool(LocalReplica(PoolSettings(**pool.model_dump()), translators[name]))
             for name, pool in settings.pools.items()
         }
-        service = TranslationService(settings, self.pools)
+        self.translation = TranslationService(settings, self.pools)
         relay = MetricsRelay(list)
-        self.api = build_api(service, IngressMetrics(), relay, echo_request_id=True)
+        self.api = build_api(self.translation, IngressMetrics(), relay, echo_request_id=True)
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:

@@ -47,6 +47,7 @@ class FakeTranslator:
         self.running: dict[str, tuple[TranslationRequest, int]] = {}
         self.cancelled: list[str] = []
         self.num_steps = 0
+        self.num_faults_in_a_row = 0
         self.threads: set[str] = set()
 
     def submit(self, request: TranslationRequest) -> None:
@@ -97,6 +98,7 @@ class FakeTranslator:
             max_waiting=self.max_waiting,
             num_encode_passes=0,
             num_decode_steps=self.num_steps,
+            num_faults_in_a_row=self.num_faults_in_a_row,
         )
 
     def _translation(self, request: TranslationRequest) -> Translation:
@@ -104,6 +106,7 @@ class FakeTranslator:
         reasons = {"error": FinishReason.ERROR, "late": FinishReason.DEADLINE, "cut": FinishReason.LENGTH}
         reason = next((reasons[word] for word in words if word in reasons), FinishReason.EOS)
         failed = reason in (FinishReason.ERROR, FinishReason.DEADLINE)
+        self.num_faults_in_a_row = self.num_faults_in_a_row + 1 if reason is FinishReason.ERROR else 0
         hypotheses = tuple(
             Hypothesis(request.source_text.upper() + "!" * rank, (5, *range(len(words)), 2), -0.5 - rank)
             for rank in range(request.search.num_hypotheses)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -23,17 +25,21 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.local_cluster import free_ports
 from app.metrics import INGRESS_METRICS, POOL_METRICS
+from engine.accounting import expert_bytes
+from engine.config import ModelConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+USD_PER_HOUR = 36.0
 
 
 class Served:
     """A running `babelephant serve`."""
 
-    def __init__(self, process: subprocess.Popen[str], url: str, ready_line: str) -> None:
+    def __init__(self, process: subprocess.Popen[str], url: str, ready_line: str, logs: Path) -> None:
         self.process = process
         self.url = url
         self.ready_line = ready_line
+        self.logs = logs
 
     def request(self, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
@@ -72,11 +78,18 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     args = raw["applications"][0]["args"]
     args["pools"]["main"]["precision"] = "fp32"  # exact: batch mates cannot change a rounding
     args["http"] = {"max_body_bytes": 100_000}
+    raw["applications"][0]["deployments"][1]["user_config"]["usd_per_hour"] = USD_PER_HOUR  # of the pool `main`
+    raw["logging_config"] = {"encoding": "JSON", "enable_access_log": True}
+    raw["tracing_config"] = {
+        "enabled": True,
+        "sampling_ratio": 0.0,
+    }  # spans of requests that come with a sampled traceparent
+    ray_folder = Path(tempfile.mkdtemp(prefix="b"))  # short: Ray puts sockets below it
     config = directory / "serve.yaml"
     config.write_text(yaml.safe_dump(raw))
     (port,) = free_ports(1)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "BABELEPHANT_"))}
-    environment["PYTHONPATH"] = str(REPOSITORY)
+    environment |= {"PYTHONPATH": str(REPOSITORY), "RAY_TMPDIR": str(ray_folder)}
     command = [sys.executable, "-m", "app.cli", "serve", str(config), "--port", str(port), "--timeout", "100"]
     log = (directory / "log").open("w")
     process = subprocess.Popen(
@@ -85,11 +98,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     assert process.stdout is not None
     ready_line = next((line for line in iter(process.stdout.readline, "") if " is ready on " in line), None)
     assert ready_line is not None, (directory / "log").read_text()
-    yield Served(process, f"http://127.0.0.1:{port}", ready_line)
+    (session,) = [path for path in (ray_folder / "ray").glob("session_2*") if path.is_dir()]
+    yield Served(process, f"http://127.0.0.1:{port}", ready_line, session / "logs")
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
     log.close()
+    shutil.rmtree(ray_folder)
 
 
 def test_two_pools_over_http(served: Served) -> None:
@@ -170,7 +185,8 @@ def test_metrics_of_all_processes(served: Served) -> None:
     """Every metric that one successful, one failed and one cancelled request can move is on the page, with our labels."""
     served.translate("en", "de", "Cancel")
     expected = {spec.name for spec in (*INGRESS_METRICS.values(), *POOL_METRICS.values())}
-    expected -= {POOL_METRICS["rejections"].name, POOL_METRICS["cancelled"].name}
+    unmoved = ("rejections", "cancelled", "retried")
+    expected -= {POOL_METRICS[key].name for key in unmoved} | {INGRESS_METRICS["lost_calls"].name}
 
     def exported() -> set[str]:
         families = text_string_to_metric_families(served.request("/metrics")[2].decode())
@@ -181,6 +197,82 @@ def test_metrics_of_all_processes(served: Served) -> None:
         return expected <= names
 
     wait_until(complete)
+
+
+def test_metrics_of_work_memory_and_money_are_true(served: Served) -> None:
+    served.translate("en", "de", "Cancel", "Save as", beam_size=4)
+    name = "ray_babelephant_{}_total".format
+    wait_until(lambda: sample(served, name("decode_steps"), pool="main") > 0)
+    steps, rows = (sample(served, name(key), pool="main") for key in ("decode_steps", "decoded_rows"))
+    assert steps <= rows <= steps * sample(served, "ray_babelephant_max_rows", pool="main")
+    config = ModelConfig.from_checkpoint(REPOSITORY / "engine/demo/checkpoint")
+    assert sample(served, "ray_babelephant_memory_bytes", pool="main", part="experts") == expert_bytes(config, "fp32")
+    wait_until(lambda: sample(served, name("cost_usd"), pool="main") > 0)
+    main = next(pool for pool in json.loads(served.request("/v1/status")[2])["pools"] if pool["name"] == "main")
+    most_usd = (main["replicas"][0]["uptime_s"] + 60) * USD_PER_HOUR / 3600  # it pays for its start too
+    assert sample(served, name("cost_usd"), pool="main") <= most_usd
+    assert sample(served, name("cost_usd"), pool="asia") == 0  # no price, no cost
+
+
+def test_a_trace_leads_from_the_proxy_to_the_engines_steps(served: Served) -> None:
+    trace_id, client = "af" * 16, "b7" * 8
+    body = {"source_lang": "en", "target_lang": "de", "texts": ["Cancel", "Save as"]}
+    assert served.request("/v1/translate", body, traceparent=f"00-{trace_id}-{client}-01")[0] == 200
+    wait_until(lambda: sum(span["name"].startswith("engine.") for span in spans(served, trace_id)) == 6)
+    found = {span["context"]["span_id"]: span for span in spans(served, trace_id)}
+    parents = {f"0x{client}": "client"} | {span_id: span["name"] for span_id, span in found.items()}
+    assert all(span["parent_id"] in parents for span in found.values())  # one tree: nothing hangs in the air
+    chain = [span for span in found.values() if span["name"] == "engine.decode"][:1]
+    while chain[-1]["parent_id"] in found:
+        chain.append(found[chain[-1]["parent_id"]])
+    names = [span["name"] for span in chain]
+    assert names.index("replica.translate") < names.index("translate") < len(names) - 1, names
+    steps = [span["name"] for span in found.values() if span["parent_id"] == chain[1]["context"]["span_id"]]
+    assert sorted(steps) == ["engine.decode"] * 2 + ["engine.encode"] * 2 + ["engine.queue"] * 2
+    assert spans(served, "00" * 16) == []
+    assert {span["context"]["trace_id"] for span in spans(served)} == {f"0x{trace_id}"}  # others were not sampled
+
+
+def spans(served: Served, trace_id: str | None = None) -> list[dict[str, Any]]:
+    """What Serve's own file exporter wrote: JSON documents one after the other."""
+    found, decoder = [], json.JSONDecoder()
+    for path in (served.logs / "serve/spans").glob("*"):
+        text = path.read_text().strip()
+        while text:
+            span, end = decoder.raw_decode(text)
+            found.append(span)
+            text = text[end:].strip()
+    return [span for span in found if trace_id in (None, span["context"]["trace_id"].removeprefix("0x"))]
+
+
+def test_logs_name_requests_and_hold_no_text(served: Served) -> None:
+    """A word of ours in every part of a body that can go right or wrong; then in no file that the service wrote."""
+    word = "Quokkazanzibar"
+    good = {"source_lang": "en", "target_lang": "de", "texts": [f"The {word} has been saved."]}
+    requests: list[tuple[Any, int]] = [
+        (good, 200),
+        ({**good, "texts": [word, "", f"{word}\n" * 3]}, 200),
+        ({**good, "texts": [f"{word} " * 400]}, 422),  # too many tokens
+        ({**good, "texts": [word * 1000]}, 422),  # too many characters
+        ({**good, "texts": word}, 422),
+        ({**good, "target_lang": word}, 422),
+        ({**good, word: word}, 422),
+        ({**good, "timeout_s": 1e-6}, 504),
+        (f'{{"texts": ["{word}"'.encode(), 400),
+        (word.encode() * 100_000, 413),
+    ]
+    for number, (body, expected) in enumerate(requests):
+        status, _, answer = served.request("/v1/translate", body, **{"X-Request-ID": f"quiet-{number}"})
+        assert status == expected, answer
+
+    def log_lines() -> list[dict[str, Any]]:
+        paths = (served.logs / "serve").glob("replica_*ingress*")
+        return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+    wait_until(lambda: {f"quiet-{i}" for i in range(len(requests))} <= {line.get("request_id") for line in log_lines()})
+    written = {path: path.read_bytes() for path in served.logs.rglob("*") if path.is_file()}
+    assert len(written) > 10
+    assert [path for path, content in written.items() if word.encode() in content] == []
 
 
 def test_ready_line_holds_a_request_that_can_be_pasted(served: Served) -> None:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from app.engine_thread import EngineDeadError, EngineFailedError, EngineThread, RefusedError
+from app.engine_thread import MAX_FAULTS_IN_A_ROW, EngineDeadError, EngineFailedError, EngineThread, RefusedError
 from engine.types import EngineFullError, Translation, TranslationRequest
 from tests.app.fakes import FakeTranslator
 
@@ -231,6 +231,23 @@ def test_stuck_engine_fails_the_health_check_until_it_moves_again() -> None:
         await eventually(lambda: not engine.has_work)
         await asyncio.sleep(0.02)
         thread.check(stuck_after_s=0.01)
+        thread.stop(5)
+
+    run(scenario)
+
+
+def test_sentence_after_sentence_failing_fails_the_health_check_one_poison_does_not() -> None:
+    async def scenario() -> None:
+        thread = EngineThread(FakeTranslator(), max_pending=8)
+        for text, is_healthy in (("error", True), ("a", True), ("error", False), ("a", True)):
+            for i in range(1 if is_healthy else MAX_FAULTS_IN_A_ROW):
+                await thread.translate(requests(text, prefix=f"{i}-"))
+            await asyncio.sleep(0.02)  # the counts are taken after the answers left
+            if is_healthy:
+                thread.check(stuck_after_s=60)
+            else:
+                with pytest.raises(EngineDeadError, match=f"the last {MAX_FAULTS_IN_A_ROW} sentences all failed"):
+                    thread.check(stuck_after_s=60)
         thread.stop(5)
 
     run(scenario)

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.errors import ServiceError
-from app.metrics import INGRESS_METRICS, POOL_METRICS
+from app.metrics import AUTOSCALING_METRICS, INGRESS_METRICS, POOL_METRICS
 from app.prometheus import MetricsRelay, merge_pages
 
 PAGE_A = """# HELP ray_x_total things
@@ -69,7 +69,7 @@ def test_relay_without_any_answer_is_an_error() -> None:
 
 
 def test_names_follow_the_conventions() -> None:
-    specs = [*INGRESS_METRICS.values(), *POOL_METRICS.values()]
+    specs = [*INGRESS_METRICS.values(), *POOL_METRICS.values(), *AUTOSCALING_METRICS.values()]
     assert len({spec.name for spec in specs}) == len(specs)
     for spec in specs:
         assert re.fullmatch(r"babelephant_[a-z0-9_]+", spec.name)

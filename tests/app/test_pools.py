@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ray import exceptions as ray_exceptions
 from ray.exceptions import ActorDiedError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from app.errors import ServiceError
-from app.pools import Busy, Failed, RayPool, ReplicaStatus, Translated
+from app.pools import LOST_REPLICA_ERRORS, Busy, Failed, RayPool, ReplicaStatus, Translated
 from engine.types import TranslationRequest
 from tests.app.fakes import LANGUAGES, FakeTranslator
 
@@ -70,6 +71,68 @@ def test_dead_replica_is_retried_once() -> None:
     handle = Handle(ActorDiedError(), Translated(()))
     assert run(lambda: RayPool("p", handle).translate(REQUESTS, 5)) == Translated(())
     assert handle.num_calls == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ray_exceptions.ActorUnavailableError("no connection", b"\0" * 16),
+        ray_exceptions.OwnerDiedError("ab" * 14, owner_address="", call_site=""),
+        ray_exceptions.ObjectLostError("ab" * 14, owner_address="", call_site=""),
+        ray_exceptions.ObjectFetchTimedOutError("ab" * 14, owner_address="", call_site=""),
+        ray_exceptions.WorkerCrashedError(),
+        ray_exceptions.NodeDiedError("node"),
+        ray_exceptions.OutOfMemoryError("the memory monitor killed it"),
+        ReplicaUnavailableError("replica"),
+    ],
+)
+def test_however_ray_reports_a_lost_replica_it_is_retried_and_counted(error: Exception) -> None:
+    lost: list[tuple[str, str]] = []
+    handle = Handle(error, Translated(()))
+    pool = RayPool("p", handle, on_lost=lambda name, reason: lost.append((name, reason)))
+    assert run(lambda: pool.translate(REQUESTS, 5)) == Translated(())
+    assert lost == [("p", type(error).__name__)]
+    again = Handle(error, error)
+    with pytest.raises(ServiceError) as caught:
+        run(lambda: RayPool("p", again).translate(REQUESTS, 5))
+    assert (caught.value.code, caught.value.status, again.num_calls) == ("pool_unavailable", 503, 2)
+
+
+def test_every_error_of_ray_has_been_thought_of() -> None:
+    """A new Ray may bring an error that means a lost replica: it has to be put on one of the two sides."""
+    answers_of_the_call = {
+        "ActorAlreadyExistsError",
+        "ActorHandleNotFoundError",
+        "ActorUnschedulableError",
+        "AsyncioActorExit",
+        "AuthenticationError",
+        "CrossLanguageError",
+        "GetTimeoutError",
+        "ObjectRefStreamEndOfStreamError",
+        "ObjectStoreFullError",
+        "OufOfBandObjectRefSerializationException",
+        "OutOfDiskError",
+        "PendingCallsLimitExceeded",
+        "PlasmaObjectNotAvailable",
+        "RayCgraphCapacityExceeded",
+        "RayChannelError",
+        "RayChannelTimeoutError",
+        "RayDirectTransportError",
+        "RayError",
+        "RaySystemError",
+        "RayTaskError",
+        "RuntimeEnvSetupError",
+        "StreamingGeneratorReplayInconsistentError",
+        "TaskCancelledError",
+        "TaskPlacementGroupRemoved",
+        "TaskUnschedulableError",
+        "UnserializableException",
+        "UserCodeException",
+    }
+    errors = [error for error in vars(ray_exceptions).values() if isinstance(error, type) and issubclass(error, Exception)]
+    named = {error.__name__ for error in errors if error.__module__ == "ray.exceptions"}
+    lost = {error.__name__ for error in errors if issubclass(error, LOST_REPLICA_ERRORS)}
+    assert named - lost == answers_of_the_call
 
 
 def test_failed_engine_is_not_tried_again() -> None:

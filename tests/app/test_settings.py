@@ -88,7 +88,8 @@ def test_environment_table_lists_exactly_what_is_read() -> None:
 def test_nothing_else_in_the_service_reads_the_environment() -> None:
     """local_cluster writes Ray's variables, settings reads ours; no other module touches os.environ."""
     pattern = re.compile(r"os\.(environ|getenv)")
-    sources = {path.name: path.read_text() for path in (REPOSITORY / "app").rglob("*.py")}
+    app = REPOSITORY / "app"
+    sources = {str(path.relative_to(app)): path.read_text() for path in app.rglob("*.py")}
     users = {name for name, source in sources.items() if pattern.search(source)}
     assert users == {"settings.py", "local_cluster.py"}
     assert "environ.get" not in sources["local_cluster.py"]

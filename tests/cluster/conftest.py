@@ -36,9 +36,9 @@ def start_fleet(
     """`with start_fleet(import_path=...) as fleet`. Fails when a process of the cluster outlives it."""
 
     @contextmanager
-    def start(**variant: str) -> Iterator[Fleet]:
+    def start(*, patient: bool = False, **variant: str) -> Iterator[Fleet]:
         (port,) = free_ports(1)
-        fleet = Fleet(tmp_path_factory.mktemp("fleet"), production_variant(port, **variant))
+        fleet = Fleet(tmp_path_factory.mktemp("fleet"), production_variant(port, **variant), patient=patient)
         try:
             yield fleet
         finally:

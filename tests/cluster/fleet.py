@@ -20,6 +20,9 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parents[2]
 APPLICATION = "babelephant"
 STEP_POISON = "poison the step"  # tests.cluster.poisoned: the runner raises in a step that holds this sentence
+MEMORY_POISON = "poison the memory"  # an encoder pass of several sentences, one of them this, finds no memory
+SLOW_POISON = "poison the clock"  # this replica's decode steps take SLOW_STEP_S from now on, for SLOW_S
+SLOW_STEP_S, SLOW_S = 0.15, 8.0
 THREAD_POISON = "poison the thread"  # submit raises what is no RequestError
 NODES = (("large", 1), ("large", 2), ("small", 1))  # (label node-pool, fake GPUs) of the worker nodes
 _SYSTEM_CONFIG = {  # a dead node is noticed within seconds; Ray's defaults take several times as long
@@ -28,6 +31,7 @@ _SYSTEM_CONFIG = {  # a dead node is noticed within seconds; Ray's defaults take
     "health_check_timeout_ms": 3000,
     "health_check_failure_threshold": 3,
 }
+_PATIENT_CONFIG = {**_SYSTEM_CONFIG, "health_check_timeout_ms": 10_000, "health_check_failure_threshold": 6}
 _ENGINE = {"max_rows": 32, "max_source_slots": 16, "encode_token_budget": 1024, "max_waiting": 64}
 
 
@@ -72,14 +76,16 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> No
 class Fleet:
     """A running cluster with the application on it. `raw` is the Serve config as last deployed."""
 
-    def __init__(self, directory: Path, raw: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, raw: dict[str, Any], *, patient: bool = False) -> None:
+        """patient: for tests that load the machine and kill no node, so that a late heartbeat does not."""
         import ray
         from ray.cluster_utils import Cluster
 
         self.raw = raw
         self._file = directory / "serve.yaml"
         head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "labels": {"node-pool": "head"}}
-        self.cluster: Any = Cluster(initialize_head=True, head_node_args={**head, "_system_config": _SYSTEM_CONFIG})
+        system_config = _PATIENT_CONFIG if patient else _SYSTEM_CONFIG
+        self.cluster: Any = Cluster(initialize_head=True, head_node_args={**head, "_system_config": system_config})
         try:
             self.nodes: list[Any] = []
             for label, num_gpus in NODES:

@@ -11,23 +11,20 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster.fleet import STEP_POISON, THREAD_POISON, Fleet, wait_until
-from tests.cluster.traffic import Tally, Traffic
+from tests.cluster.traffic import Traffic, nothing_lost
+from tests.cluster.under_way import NUM_MATES, TARGET_OF_POOL, requests_under_way
 
 pytestmark = pytest.mark.cluster
 
 FAULT_S = float(os.environ.get("FAULT_SECONDS", "30"))
 RATE_PER_S = 6.0
-NUM_MATES = 4
-SENTENCES = ["Your changes have been saved.", "The password is too short."] * 6
-TARGET_OF_POOL = {"world": "ru", "europe": "de"}
+ROLLOUT_S = 60.0  # at least: the load has to outlast the rollout, or it proves nothing
 
 
 @pytest.fixture(scope="module")
@@ -40,29 +37,6 @@ def fleet(start_fleet: Callable[..., Any]) -> Iterator[Fleet]:
 def traffic(fleet: Fleet, tmp_path: Path) -> Traffic:
     fleet.wait_settled()
     return Traffic(fleet.url, tmp_path)
-
-
-def nothing_lost(tally: Tally, report: Callable[[str], None]) -> None:
-    report(str(tally))
-    assert tally.sent > 0.5 * FAULT_S * RATE_PER_S
-    assert (tally.lost, tally.client_error) == (0, 0), str(tally)
-
-
-def num_running(fleet: Fleet, pool: str) -> int:
-    pools = {entry["name"]: entry["replicas"] for entry in json.loads(fleet.request("/v1/status")[2])["pools"]}
-    return sum(int(replica["num_running"]) for replica in pools[pool])
-
-
-@contextmanager
-def requests_under_way(fleet: Fleet, pool: str) -> Iterator[list[int]]:
-    """Requests of many sentences that the engines hold, waiting and running, when the block starts; then their statuses."""
-    body = {"source_lang": "en", "target_lang": TARGET_OF_POOL[pool], "texts": SENTENCES}
-    statuses: list[int] = []
-    with ThreadPoolExecutor(NUM_MATES) as clients:
-        answers = [clients.submit(fleet.request, "/v1/translate", body) for _ in range(NUM_MATES)]
-        wait_until(lambda: num_running(fleet, pool) > 0, 20, "nothing under way")
-        yield statuses
-        statuses += [answer.result()[0] for answer in answers]
 
 
 def test_killed_replicas(fleet: Fleet, traffic: Traffic, report_figure: Callable[[str], None]) -> None:
@@ -123,7 +97,7 @@ def test_rolling_redeploy(fleet: Fleet, traffic: Traffic, report_figure: Callabl
     raw = copy.deepcopy(fleet.raw)
     raw["applications"][0]["args"]["default_beam_size"] = 2
     before = {pool: {int(replica["Pid"]) for replica in fleet.replicas(pool)} for pool in ("ingress", "world", "europe")}
-    with traffic.load("rolling redeploy", RATE_PER_S, FAULT_S) as tally:
+    with traffic.load("rolling redeploy", RATE_PER_S, max(FAULT_S, ROLLOUT_S)) as tally:
         started = time.monotonic()
         fleet.deploy(raw)
         for name, pids in before.items():

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +67,13 @@ class Tally:
             f"refused {self.refused}, lost {self.lost}, 4xx {self.client_error}; latency s {shown}; statuses "
             f"{self.result['statuses']}; client kept its schedule: {self.result['valid']}; {'; '.join(self.events)}"
         )
+
+
+def nothing_lost(tally: Tally, report: Callable[[str], None]) -> None:
+    """The claim of every chaos test: the load was sent, and every request was answered or refused cleanly."""
+    report(str(tally))
+    assert tally.sent > 0.5 * tally.duration_s * tally.rate_per_s
+    assert (tally.lost, tally.client_error) == (0, 0), str(tally)
 
 
 class Traffic:

@@ -12,15 +12,16 @@ import pytest
 import ray
 import yaml
 
-from app.metrics import INGRESS_METRICS, POOL_METRICS
+from app.metrics import AUTOSCALING_METRICS, INGRESS_METRICS, POOL_METRICS
 from cluster_configs.grafana.catalogue import CATALOGUE, unit_of
 from cluster_configs.grafana.generate import FOLDER, GRAFANA_UNITS, dashboard_json, grafana_unit
 from cluster_configs.grafana.panels import DASHBOARDS, Dashboard, Panel
-from cluster_configs.grafana.promql import Expr, PanelError, level, mean, quantile, rate, ratio
+from cluster_configs.grafana.promql import Expr, PanelError, level, mean, per, quantile, rate, ratio
 from tests.cluster_configs.folder import tool
 
 each_dashboard = pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda dashboard: dashboard.uid)
 _RAY = Path(ray.__file__).parent
+_OUR_SPECS = (*INGRESS_METRICS.values(), *POOL_METRICS.values(), *AUTOSCALING_METRICS.values())
 _RAY_SOURCES = (_RAY / "serve/_private", _RAY / "dashboard/modules/reporter")
 
 
@@ -54,7 +55,7 @@ def test_legends_use_labels_that_survive_the_aggregation(dashboard: Dashboard) -
 
 def test_rays_metrics_are_in_the_installed_ray() -> None:
     sources = "".join(path.read_text() for folder in _RAY_SOURCES for path in folder.rglob("*.py"))
-    ours = {f"ray_{spec.name}" for spec in (*INGRESS_METRICS.values(), *POOL_METRICS.values())}
+    ours = {f"ray_{spec.name}" for spec in _OUR_SPECS}
     rays = [name.removeprefix("ray_") for name in CATALOGUE if name not in ours]
     assert len(rays) >= 10
     for name in rays:  # Ray's exporter appends `_total` to a counter whose name lacks it
@@ -93,6 +94,14 @@ def test_durations_and_bytes_of_ours_get_grafanas_units() -> None:
         (
             lambda: ratio(level("ray_babelephant_live_rows"), level("ray_babelephant_waiting_sentences")),
             "not a fraction",
+        ),
+        (
+            lambda: per(rate("ray_babelephant_decoded_rows_total"), level("ray_babelephant_waiting_sentences")),
+            "rows/s over sentences is not one for each",
+        ),
+        (
+            lambda: per(level("ray_babelephant_live_rows"), level("ray_babelephant_max_rows")),
+            "that is a ratio",
         ),
         (
             lambda: Panel("Wait", "ms", {"p50": quantile(0.5, "ray_babelephant_queue_seconds")}, ""),
