@@ -106,8 +106,9 @@ class Benchmark:
         cells, checks = self._run_peers(dtype, result)
         _free_memory()
         oracle = self._oracle(dtype, resident=False)
+        judge = oracle if dtype == torch.float32 else self._oracle(torch.float32, resident=False)
         for variant in self.options.variants:
-            self._run_ours(variant, oracle, cells, checks, result)
+            self._run_ours(variant, (oracle, judge), cells, checks, result)
             _free_memory()
 
     def _oracle(self, dtype: torch.dtype, *, resident: bool) -> Peer:
@@ -161,7 +162,7 @@ class Benchmark:
     def _run_ours(
         self,
         variant: Variant,
-        oracle: Peer,
+        judges: tuple[Peer, Peer],
         cells: Sequence[_Cell],
         checks: list[tuple[CellInputs, EngineRun]],
         result: Report,
@@ -178,7 +179,9 @@ class Benchmark:
         result.build_s[name] = time.monotonic() - start
         result.planned_bytes[name] = plan_memory(self.config, config).total_bytes
         self.say(f"{name}: built in {result.build_s[name]:.1f} s")
-        checked = check_engine(engine, oracle, checks, exact=variant.precision == "fp32" and oracle.dtype == torch.float32)
+        oracle, judge = judges
+        exact = variant.precision == "fp32" and oracle.dtype == torch.float32
+        checked = check_engine(engine, oracle, checks, exact=exact, judge=judge)
         is_lossy = self.options.checkpoint is not None and (config.quant_scheme is not None or variant.int8_dense)
         if not self._judge(name, checked, result, may_differ=is_lossy):
             return
@@ -274,10 +277,10 @@ class Benchmark:
         """Record and print checks; False, and a refusal, when one failed that must not."""
         result.checks[name] = list(checks)
         for check in checks:
-            best = "" if check.best_share is None else f", {check.best_share:.1%} of tokens are its best"
+            best = "" if check.best_share is None else f", best tokens {check.best_share:.1%} ({check.peer_best_share:.1%})"
             self.say(
-                f"check {name} {check.cell}: {check.token_agreement:.1%} of tokens equal transformers', score error "
-                f"{check.score_error:.4f}{best}"
+                f"check {name} {check.cell}: {check.token_agreement:.1%} of tokens equal transformers'; against fp32: score "
+                f"error {check.score_error:.4f} (transformers' own {check.peer_score_error:.4f}){best}"
             )
         failures = [] if may_differ else [check.failure for check in checks if check.failure]
         result.refusals += [f"{name}: {failure}" for failure in failures]
