@@ -24,10 +24,10 @@ from engine.bench.peers import Peer
 from engine.bench.shapes import Cell
 from engine.types import Int32Array
 
-CHECK_CELLS = (Cell(32, 1), Cell(16, 4))
+CHECK_CELLS = (Cell(64, 1), Cell(32, 4))
 MAX_SCORE_ERROR = 0.025
 MIN_BEST_SHARE = 0.9
-PEER_FACTOR = 1.25  # of transformers' own error in half precision: room for the luck of 48 sentences
+PEER_FACTOR = 1.5  # of transformers' own error in half precision: a few flipped experts make most of either mean
 PEER_MARGIN = 0.02  # of transformers' own share of best tokens
 
 
@@ -93,10 +93,12 @@ def _check(
     )
     if judge is oracle or exact:
         return result
+    # Each on the hypotheses it chose itself: a search prefers what its own rounding flatters.
+    their_truth = judge.judge(inputs, theirs.token_ids)
     return dataclasses.replace(
         result,
-        peer_score_error=_mean_error(oracle.judge(inputs, ours.token_ids).scores, truth.scores),
-        peer_best_share=judge.judge(inputs, theirs.token_ids).best_share,
+        peer_score_error=_mean_error(oracle.judge(inputs, theirs.token_ids).scores, their_truth.scores),
+        peer_best_share=their_truth.best_share,
     )
 
 

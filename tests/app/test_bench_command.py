@@ -24,7 +24,7 @@ def test_the_tiny_shape_is_exact_and_everything_is_reported(tmp_path: Path, caps
     assert report["is_complete"]
     assert report["refusals"] == []
     assert report["certificate"]["transformers"] == "4.57.6"
-    assert {check["cell"]: check["token_agreement"] for check in report["checks"]["fp32"]} == {"32x1": 1.0, "16x4": 1.0}
+    assert {check["cell"]: check["token_agreement"] for check in report["checks"]["fp32"]} == {"64x1": 1.0, "32x4": 1.0}
     assert list(report["cells"]) == ["1x1", "2x2"]
     for cell in report["cells"].values():
         assert cell["rows"].keys() == {"transformers", "fp32"}
