@@ -127,7 +127,7 @@ SPECS = [
 ]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_search_matches_lists(cpu: torch.device, seed: int) -> None:
     check_search(cpu, seed)
 
