@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from kernels.replay_sets import RecordedSet, draw_set, record_sets
 
 from kernels.checks import LIMITS
 from kernels.replay_check import check_replays, main, replay
 from kernels.replay_memory import TINY, StepSizes
 from kernels.replay_parts import Op
+from kernels.replay_sets import RecordedSet, draw_set, record_sets
 from kernels.replay_step import Step
 
 SEEN_THROUGH = {"expert_hidden0", "expert_hidden1", "expert_hidden2"}  # scratch: right when the expert outputs are
