@@ -192,7 +192,7 @@ class DeviceRunner:
 
     def _capture_step(self, shape: StepShape) -> None:
         if not self._graphs.has(shape):
-            self._search.plan_idle(shape)
+            self._search.plan_idle()
             self._graphs.capture(shape, functools.partial(self._run_step, shape))
 
     def _capture_encoder(self, num_tokens: int) -> None:

@@ -73,6 +73,15 @@ class ExpertStack(ABC):
         """Store an already quantized matrix. Raises ValueError when scheme or shape differ from the stack's."""
         raise ValueError(f"expert {expert} is {quantized.scheme.name}; this stack holds unquantized {self.dtype}")
 
+    def check_fits(self, expert: int, quantized: QuantizedTensor) -> None:
+        """Raise ValueError when a quantized matrix has another scheme or shape than the stack."""
+        shape = (self.out_features, self.in_features)
+        if quantized.scheme != self.scheme or quantized.shape != shape:
+            holds = "unquantized matrices" if self.scheme is None else self.scheme.name
+            raise ValueError(
+                f"expert {expert} is {quantized.scheme.name} {quantized.shape}; this stack holds {holds} {shape}"
+            )
+
     def quantized(self, expert: int) -> QuantizedTensor:
         """Canonical codes and scales of one expert. Raises ValueError where the stack does not keep them."""
         raise ValueError(f"expert {expert}: this stack keeps no canonical codes")
@@ -153,11 +162,7 @@ class QuantizedExpertStack(ExpertStack):
 
     def set_quantized(self, expert: int, quantized: QuantizedTensor) -> None:
         """Store. Raises ValueError when scheme or shape differ from the stack's."""
-        if quantized.scheme != self._scheme or quantized.shape != (self.out_features, self.in_features):
-            raise ValueError(
-                f"expert {expert} is {quantized.scheme.name} {quantized.shape}; this stack holds "
-                f"{self._scheme.name} {(self.out_features, self.in_features)}"
-            )
+        self.check_fits(expert, quantized)
         self.codes[expert].copy_(quantized.codes)
         self.scales[expert].copy_(quantized.scales)
 

@@ -57,11 +57,7 @@ class PackedExpertStack(ExpertStack):
 
     def set_quantized(self, expert: int, quantized: QuantizedTensor) -> None:
         """Store. Raises ValueError when scheme or shape differ from the stack's."""
-        if quantized.scheme != self._scheme or quantized.shape != (self.out_features, self.in_features):
-            raise ValueError(
-                f"expert {expert} is {quantized.scheme.name} {quantized.shape}; this stack holds "
-                f"{self._scheme.name} {(self.out_features, self.in_features)}"
-            )
+        self.check_fits(expert, quantized)
         place = self.packed.expert(expert)
         assert place.scales is not None
         one = _pack_one(quantized, place.data.device)

@@ -113,7 +113,7 @@ class DeviceSearch:
             self._shape = self._upload(fed)
         return self._shape
 
-    def plan_idle(self, shape: StepShape) -> None:
+    def plan_idle(self) -> None:
         """Bring a step of idle entries to the device, for a capture."""
         self._planned = None
         self._plan.zero_()
