@@ -109,16 +109,19 @@ def step_inputs_kernel(
 
 
 @triton.jit
-def _best(values, offsets, BIG: tl.constexpr):
-    """Largest value and the lowest offset that has it. NaN must have been replaced before."""
-    top = tl.max(values, 0)
-    return top, tl.min(tl.where(values == top, offsets, BIG), 0)
+def _ranks(values, order, counted):
+    """Place of each counted element among them, best first: larger values, then lower `order`. All others: past the end.
+
+    All places come out of one comparison of everything with everything, so that no chain of maxima has to be waited for.
+    """
+    ahead = (values[:, None] > values[None, :]) | ((values[:, None] == values[None, :]) & (order[:, None] < order[None, :]))
+    return tl.where(counted, tl.sum((ahead & counted[:, None]).to(tl.int32), 0), values.shape[0])
 
 
 @triton.jit
-def _at(values, offsets, index):
-    """values[index] of a register vector."""
-    return tl.sum(tl.where(offsets == index, values, 0), 0)
+def _placed(values, ranks, places):
+    """The value of each rank in `places`; 0 where nothing has it."""
+    return tl.sum(tl.where(ranks[:, None] == places[None, :], values[:, None], 0), 0)
 
 
 @triton.jit(do_not_specialize=["num_positions"])
@@ -159,120 +162,88 @@ def advance_kernel(
     group = tl.program_id(0)
     count = tl.load(group_counts_ptr + group)
     if count > 0:
+        # All loads that hang on nothing but the slot come first: their waits overlap.
         entry = tl.load(group_starts_ptr + group).to(tl.int64)
         slot = tl.load(group_slots_ptr + group).to(tl.int64)
-        if (tl.load(entry_beams_ptr + entry) >= 0) & (tl.load(status_ptr + slot) == 0):
-            sentence = sentences_ptr + slot * FIELDS
-            n = tl.load(sentence)
-            max_tokens = tl.load(sentence + 1)
-            flags = tl.load(sentence + 3)
-            position = tl.load(sentence + 4) + 1  # of the token chosen now
+        first_beam = tl.load(entry_beams_ptr + entry)
+        status = tl.load(status_ptr + slot)
+        sentence = sentences_ptr + slot * FIELDS
+        n = tl.load(sentence)
+        max_tokens = tl.load(sentence + 1)
+        flags = tl.load(sentence + 3)
+        position = tl.load(sentence + 4) + 1  # of the token chosen now
+        j = tl.arange(0, NB)
+        mine = j < count
+        rows = tl.load(rows_ptr + slot * NB + j, mask=mine, other=0).to(tl.int64)
+        hyp = hypotheses_ptr + (slot * NB + j) * 4
+        old_done = tl.load(hyp, mask=mine, other=0)
+        old_beam = tl.load(hyp + 1, mask=mine, other=0)
+        old_last = tl.load(hyp + 2, mask=mine, other=0)
+        old_length = tl.load(hyp + 3, mask=mine, other=0)
+        old_score = tl.load(score_ptr + slot * NB + j, mask=mine, other=float("-inf"))
+        f = tl.arange(0, NB * K_PAD)
+        from_beam = f // K_PAD
+        usable = (from_beam < count) & (f % K_PAD < K)
+        flat = (entry + from_beam) * K + f % K_PAD
+        logprob = tl.load(values_ptr + flat, mask=usable, other=float("-inf"))
+        tokens = tl.load(top_ids_ptr + flat, mask=usable, other=0)
+        cum_of = tl.load(cum_ptr + slot * NB + from_beam, mask=usable, other=0.0)
+        if (first_beam >= 0) & (status == 0):
             norms = normalizers_ptr + slot * (num_positions + 1)
-
-            j = tl.arange(0, NB)
+            length_norm = tl.load(norms + position)
+            bound_norm = tl.load(norms + tl.where((flags & 2) != 0, max_tokens, position))
             beams = j < n
-            c = tl.arange(0, 2 * NB)
-            f = tl.arange(0, NB * K_PAD)
-            from_beam = f // K_PAD
-            usable = (from_beam < n) & (f % K_PAD < K)
-            flat = (entry + from_beam) * K + f % K_PAD
-            logprob = tl.load(values_ptr + flat, mask=usable, other=float("-inf"))
-            tokens = tl.load(top_ids_ptr + flat, mask=usable, other=0)
             is_nan = logprob != logprob  # noqa: PLR0124
             broken = tl.max(is_nan.to(tl.int32), 0)
-            cum_of = tl.load(cum_ptr + slot * NB + from_beam, mask=usable, other=0.0)
             sums = tl.where(usable & ~is_nan, cum_of + logprob, float("-inf"))
 
             # 2N candidates, best first
-            cand_sum = tl.full((2 * NB,), float("-inf"), tl.float32)
-            cand_beam = tl.zeros((2 * NB,), tl.int32)
-            cand_token = tl.zeros((2 * NB,), tl.int32)
-            taken = ~usable
-            for i in range(2 * n):
-                top, index = _best(tl.where(taken, float("-inf"), sums), tl.where(taken, NB * K_PAD, f), NB * K_PAD)
-                cand_sum = tl.where(c == i, top, cand_sum)
-                cand_beam = tl.where(c == i, index // K_PAD, cand_beam)
-                cand_token = tl.where(c == i, _at(tokens, f, index), cand_token)
-                taken |= f == index
+            c = tl.arange(0, 2 * NB)
+            rank = _ranks(sums, f, usable)
             valid = c < 2 * n
+            cand_sum = tl.where(valid, _placed(sums, rank, c), float("-inf"))
+            cand_beam = _placed(from_beam, rank, c)
+            cand_token = _placed(tokens, rank, c)
             stops = valid & ((cand_token == eos_token) | (position >= max_tokens))
-            length_norm = tl.load(norms + position)
 
-            # running beams: the N best that do not stop
-            run = tl.where(valid, cand_sum + tl.where(stops, NEVER, 0.0), float("-inf"))
-            new_cum = tl.zeros((NB,), tl.float32)
-            new_token = tl.zeros((NB,), tl.int32)
-            parent = tl.zeros((NB,), tl.int32)
-            gone = ~valid
-            if n == 1:  # greedy: the best token, whether it stops or not
-                new_cum = tl.where(j == 0, _at(tl.where(c == 0, cand_sum, 0.0), c, 0), new_cum)
-                new_token = tl.where(j == 0, _at(cand_token, c, 0), new_token)
-            else:
-                for i in range(n):
-                    top, index = _best(tl.where(gone, float("-inf"), run), tl.where(gone, 2 * NB, c), 2 * NB)
-                    new_cum = tl.where(j == i, top, new_cum)
-                    new_token = tl.where(j == i, _at(cand_token, c, index), new_token)
-                    parent = tl.where(j == i, _at(cand_beam, c, index), parent)
-                    gone |= c == index
+            # running beams: the N best that do not stop; greedy: the best token, whether it stops or not
+            run = tl.where(valid, cand_sum + tl.where(stops & (n > 1), NEVER, 0.0), float("-inf"))
+            rank = _ranks(run, c, valid)
+            new_cum = tl.where(beams, _placed(run, rank, j), 0.0)
+            new_token = _placed(cand_token, rank, j)
+            parent = _placed(cand_beam, rank, j)
 
             # finished list
-            hyp = hypotheses_ptr + (slot * NB + j) * 4
-            new_score = tl.zeros((NB,), tl.float32)
-            new_done = tl.zeros((NB,), tl.int32)
-            new_beam = tl.zeros((NB,), tl.int32)
-            new_last = tl.zeros((NB,), tl.int32)
-            new_length = tl.zeros((NB,), tl.int32)
             if n == 1:  # read only when the sentence closes: until then it holds the running hypothesis
-                ends = (tl.sum(tl.where(j == 0, new_token, 0), 0) == eos_token) | (position >= max_tokens)
-                new_score = tl.where(j == 0, new_cum / length_norm, new_score)
-                new_done = tl.where((j == 0) & ends & (new_cum > float("-inf")), 1, new_done)
+                ends = (new_token == eos_token) | (position >= max_tokens)
+                new_score = new_cum / length_norm
+                new_done = (ends & (new_cum > float("-inf"))).to(tl.int32)
+                new_beam = tl.zeros((NB,), tl.int32)
                 new_last = new_token
-                new_length = tl.where(j == 0, position, new_length)
+                new_length = tl.zeros((NB,), tl.int32) + position
+                closed = tl.max((beams & ends).to(tl.int32), 0) == 1
             else:
-                # candidates in 0..2NB-1, the old list in 2NB..3NB-1 of one vector; the old list wins ties
-                m = tl.arange(0, 4 * NB)
-                is_new = m < 2 * NB
-                is_old = (m >= 2 * NB) & (m < 2 * NB + n)
-                in_range = tl.where(is_new, m < 2 * n, is_old)
-                order = tl.where(is_old, m - 2 * NB, m + NB)
-                pool_done = tl.zeros((4 * NB,), tl.int32)
-                pool_score = tl.full((4 * NB,), float("-inf"), tl.float32)
-                pool_beam = tl.zeros((4 * NB,), tl.int32)
-                pool_last = tl.zeros((4 * NB,), tl.int32)
-                pool_length = tl.zeros((4 * NB,), tl.int32) + position
-                old = hypotheses_ptr + (slot * NB + m - 2 * NB) * 4
-                pool_done = tl.load(old, mask=is_old, other=0)
-                pool_beam = tl.load(old + 1, mask=is_old, other=0)
-                pool_last = tl.load(old + 2, mask=is_old, other=0)
-                pool_length = tl.load(old + 3, mask=is_old, other=0)
-                pool_score = tl.load(score_ptr + slot * NB + m - 2 * NB, mask=is_old, other=float("-inf"))
+                # the N best of the candidates and the old list, which wins ties
                 cand_done = (stops & (c < n)).to(tl.int32)
                 cand_score = cand_sum / length_norm + tl.where(cand_done == 1, 0.0, NEVER)
-                for i in range(2 * n):
-                    here = m == i
-                    pool_score = tl.where(here, tl.max(tl.where(c == i, cand_score, float("-inf")), 0), pool_score)
-                    pool_done = tl.where(here, _at(cand_done, c, i), pool_done)
-                    pool_beam = tl.where(here, _at(cand_beam, c, i), pool_beam)
-                    pool_last = tl.where(here, _at(cand_token, c, i), pool_last)
-                    pool_length = tl.where(here, position, pool_length)
-                used = ~in_range
-                for i in range(n):
-                    score = tl.where(used, float("-inf"), pool_score)
-                    top = tl.max(score, 0)
-                    rank = tl.min(tl.where((score == top) & ~used, order, 4 * NB), 0)
-                    here = order == rank
-                    here &= ~used
-                    new_score = tl.where(j == i, top, new_score)
-                    new_done = tl.where(j == i, tl.sum(tl.where(here, pool_done, 0), 0), new_done)
-                    new_beam = tl.where(j == i, tl.sum(tl.where(here, pool_beam, 0), 0), new_beam)
-                    new_last = tl.where(j == i, tl.sum(tl.where(here, pool_last, 0), 0), new_last)
-                    new_length = tl.where(j == i, tl.sum(tl.where(here, pool_length, 0), 0), new_length)
-                    used |= here
+                old_ahead = beams[:, None] & (old_score[:, None] >= cand_score[None, :])
+                cand_ahead = valid[:, None] & (cand_score[:, None] > old_score[None, :])
+                cand_rank = _ranks(cand_score, c, valid) + tl.sum(old_ahead.to(tl.int32), 0)
+                old_rank = _ranks(old_score, j, beams) + tl.sum(cand_ahead.to(tl.int32), 0)
+                new_score = _placed(cand_score, cand_rank, j) + _placed(old_score, old_rank, j)
+                new_done = _placed(cand_done, cand_rank, j) + _placed(old_done, old_rank, j)
+                new_beam = _placed(cand_beam, cand_rank, j) + _placed(old_beam, old_rank, j)
+                new_last = _placed(cand_token, cand_rank, j) + _placed(old_last, old_rank, j)
+                cand_length = tl.zeros((2 * NB,), tl.int32) + position
+                new_length = _placed(cand_length, cand_rank, j) + _placed(old_length, old_rank, j)
+                best_running = tl.sum(tl.where(j == 0, new_cum, 0.0), 0) / bound_norm
+                worst = tl.min(tl.where(beams, new_score, float("inf")), 0)
+                improves = tl.max((beams & (best_running > tl.where(new_done == 1, worst, NEVER))).to(tl.int32), 0)
+                full = ((flags & 1) != 0) & (tl.min(tl.where(beams, new_done, 1), 0) == 1)
+                closed = (improves == 0) | full | (position >= max_tokens)
 
-            # ancestry follows the parent; all reads of a block come before its writes
-            rows = tl.load(rows_ptr + slot * NB + j, mask=beams, other=0).to(tl.int64)
-            if n > 1:
-                parent_rows = tl.load(rows_ptr + slot * NB + parent, mask=beams, other=0).to(tl.int64)
+                # ancestry follows the parent; all reads of a block come before its writes
+                parent_rows = _placed(rows, j, parent)
                 for start in range(0, position + 1, BLOCK):
                     t = start + tl.arange(0, BLOCK)
                     inside = beams[:, None] & ((t <= position) & (t < num_positions))[None, :]
@@ -285,15 +256,6 @@ def advance_kernel(
             tl.store(record, new_token, mask=recorded)
             tl.store(record + 1, parent, mask=recorded)
 
-            # closed?
-            bound = tl.where((flags & 2) != 0, max_tokens, position)
-            best_running = tl.sum(tl.where(j == 0, new_cum, 0.0), 0) / tl.load(norms + bound)
-            worst = tl.min(tl.where(beams, new_score, float("inf")), 0)
-            improves = tl.max((beams & (best_running > tl.where(new_done == 1, worst, NEVER))).to(tl.int32), 0)
-            full = ((flags & 1) != 0) & (tl.min(tl.where(beams, new_done, 1), 0) == 1)
-            closed = (improves == 0) | full | (position >= max_tokens)
-            if n == 1:
-                closed = (tl.sum(tl.where(j == 0, new_token, 0), 0) == eos_token) | (position >= max_tokens)
             tl.debug_barrier()  # every load of the old lists comes before their stores
             tl.store(score_ptr + slot * NB + j, new_score, mask=beams)
             tl.store(hyp, new_done, mask=beams)

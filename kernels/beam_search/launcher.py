@@ -131,11 +131,19 @@ def advance_sentences(
         tables.history,
         tables.num_positions,
         eos_token_id,
-        NB=MAX_BEAMS,
-        K=candidates,
-        K_PAD=next_power_of_two(candidates),
-        FIELDS=SENTENCE_FIELDS,
-        BLOCK=_BLOCK,
-        num_warps=1,
+        **advance_options(candidates),
         **overlap(values),
     )
+
+
+def advance_options(num_candidates: int) -> dict[str, int]:
+    """Constants and warps of the search step, which compares every candidate of a sentence with every other."""
+    padded = next_power_of_two(num_candidates)
+    return {
+        "NB": MAX_BEAMS,
+        "K": num_candidates,
+        "K_PAD": padded,
+        "FIELDS": SENTENCE_FIELDS,
+        "BLOCK": _BLOCK,
+        "num_warps": 1 if padded <= 8 else 4,
+    }
