@@ -200,7 +200,7 @@ def advance_kernel(
             # 2N candidates, best first
             c = tl.arange(0, 2 * NB)
             rank = _ranks(sums, f, usable)
-            valid = c < 2 * n
+            valid = c < tl.minimum(2 * n, n * K)  # one candidate is enough where all sentences are greedy
             cand_sum = tl.where(valid, _placed(sums, rank, c), float("-inf"))
             cand_beam = _placed(from_beam, rank, c)
             cand_token = _placed(tokens, rank, c)
