@@ -11,7 +11,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from app.cost.forecast import ForecastOptions
+from app.cost.forecast import ForecastOptions, Rule
 from app.cost.guards import GuardedPolicy, GuardOptions, PoolSpec
 from app.cost.policy import SizingOptions
 
@@ -63,6 +63,8 @@ class AutoscalingSettings(_Strict):
     max_step_usd_per_hour: _Positive | None = None
     forest_share: Annotated[float, Field(ge=0, le=1)] = _FORECAST.forest_share
     quantile: Annotated[float, Field(gt=0, lt=1)] = _FORECAST.quantile
+    rule: Rule = _FORECAST.rule
+    step_headroom: _NotNegative = _FORECAST.step_headroom
     stale_after_s: _Positive = 15.0
     clock_scale: _Positive = 1.0
 
@@ -91,6 +93,8 @@ class AutoscalingSettings(_Strict):
             max_step_down=self.max_step_down,
             max_step_usd_per_hour=self.max_step_usd_per_hour,
             sizing=SizingOptions(patience=self.patience, drain_s=self.drain_s, minimum=0),
-            forecast=ForecastOptions(quantile=self.quantile, forest_share=self.forest_share),
+            forecast=ForecastOptions(
+                quantile=self.quantile, forest_share=self.forest_share, rule=self.rule, step_headroom=self.step_headroom
+            ),
         )
         return GuardedPolicy(pools, options)

@@ -2,10 +2,11 @@
 constant time.
 
 Nothing here reads the clock: a slot is known by how long ago it was, so shifting all times changes no feature, and
-nothing can find the edges of a trace's windows. Looks into earlier days average half an hour, which blurs such edges into
-straight lines.
+nothing is told the edges of a trace's windows. The features' looks into earlier days average half an hour, which blurs
+such edges into straight lines; only `seasonal_peak` looks sharply, so that it meets again what came at this minute of an
+earlier day.
 
-Letters: P pools, N rolling windows, F features.
+Letters: P pools, N rolling windows, F features, L earlier days and weeks, E ends of rolling windows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ _MEAN_S = (10, 30, 120, 300, 600, 1200, 1800, 3600, 7200, 14_400, 28_800, 86_400
 _EXTREME_S = (300, 600, 1200, 1800, 3600, 10_800, 28_800)
 _BASE_S = 60
 _BLUR_S = 1800  # earlier days are looked at through windows of this width
+_SEASON_MEAN_S = 180  # rates compared with those of earlier days: shorter is noise, longer hides when a rise begins
+_SEASON_DAYS, _SEASON_WEEKS = 7, 4
+_MAX_REGIME = 4.0  # a level more than this over an earlier day's is not that day's shape any more
 _TINY_PER_S = 1e-3
 _DISPERSION_WEIGHT = 1 / 360  # of the newest slot in the running dispersion
 _OUTLIER = 9.0  # a step between two slots is a change of rate, not noise: 3 sigma is the most it may add
@@ -137,6 +141,26 @@ class DemandHistory:
         ratios = np.concatenate([means, highest, lowest])
         logs = np.log(np.maximum(ratios, _TINY_PER_S) / self.base)
         return np.asarray(np.concatenate([logs, self._earlier_growth(count)]).T)
+
+    def seasonal_peak(self) -> Floats:
+        """float64[P]: the highest rate within the horizon if it grew like any of the last 7 days or 4 weeks did from this
+        time on, requests per second; NaN before a day has been seen.
+
+        A maximum, not a mean: rises differ from day to day, and being short costs more than being long. Each growth counts
+        from the mean of three minutes to the highest such mean up to the end of the horizon, start-up included, because
+        what is removed now is missing at once.
+        """
+        window = self.horizon.slots(_SEASON_MEAN_S)
+        reach = self.horizon.lead_slots + self.horizon.num_slots + window
+        periods = np.concatenate([self._day * np.arange(1, _SEASON_DAYS + 1), self._week * np.arange(1, _SEASON_WEEKS + 1)])
+        then = self.num_slots - periods[periods >= reach]
+        then = then[then >= window]
+        if len(then) == 0:
+            return np.full(self.num_pools, np.nan)
+        rates = self._rate(then[:, None] + np.arange(reach + 1), window)  # [L, E, P]
+        now = self._rate(self.num_slots, window)
+        regime = np.minimum(now / np.maximum(rates[:, 0], _TINY_PER_S), _MAX_REGIME)
+        return np.asarray(np.maximum((rates.max(1) * regime).max(0), now))
 
     def growth_target(self, slots: Ints, num_known: int | None = None) -> Floats:
         """float64[R, P]: log of the highest one-minute rate within the horizon over the base at each slot (0 is the first).

@@ -19,6 +19,7 @@ from app.cost.tuning import Recording, TunedScale, replay_forecasts, tune_scales
 _INTERVAL_S = 10
 _SCALES = np.arange(0.8, 1.41, 0.02)
 _MISS_SHARE = 0.5
+_SEASON_DAYS = 14  # of past before the seasonal rule is tried, tuned on the second half: earlier it knows too few days
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,19 @@ class Experiment:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """A forecast to try on the past, and how long after start-up an order must last, in seconds."""
+
+    name: str
+    options: ForecastOptions
+    hold_s: int
+
+
+_BURSTY = Candidate("growth forest and half-hour peak", ForecastOptions(), 600)
+_SEASONAL = Candidate("season", ForecastOptions(forest_share=0.0, rule="season", step_headroom=1.0), 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The judged part: text for a terminal, and what a plot needs."""
 
@@ -65,7 +79,7 @@ def run_experiment(experiment: Experiment, offer: Offer, baselines: bool = False
     end = experiment.trace.duration_s // _INTERVAL_S * _INTERVAL_S
     arrivals = experiment.trace.arrivals(experiment.seed)[:end, None]
     cut_s = experiment.tune_days * DAY_S
-    tuned, outcome = _tune_and_judge(experiment, spec, arrivals, cut_s)
+    forecast, tuned, outcome = _tune_and_judge(experiment, spec, arrivals, cut_s)
     judged = arrivals[cut_s:, 0]
     best = clairvoyant_levels(judged, spec)
     days = len(judged) / DAY_S
@@ -75,7 +89,7 @@ def run_experiment(experiment: Experiment, offer: Offer, baselines: bool = False
         f"{experiment.trace.name}: {experiment.tune_days} days tuned, {days:.1f} days judged, start-up {spec.startup_s} s,"
         f" {spec.queue} queue,"
         f" {spec.capacity_per_s:.2f} requests/s per replica, {offer.gpu} at {offer.usd_per_hour} USD/h",
-        f"scale {tuned.scale:.2f}, chosen at {tuned.attainment:.3%} on the past",
+        f"forecast: {forecast}; scale {tuned.scale:.2f}, chosen at {tuned.attainment:.3%} on the past",
         f"{'policy':<34} {'of clairvoyant':>14} {'in time':>9} {'USD/day':>9}",
         f"{'clairvoyant, no miss':<34} {1.0:>14.3f} {1.0:>9.3%} {best.replica_seconds * per_day:>9.2f}",
         f"{'this policy':<34} {cost / best.replica_seconds:>14.3f} {outcome.attainment:>9.3%} {cost * per_day:>9.2f}",
@@ -87,15 +101,29 @@ def run_experiment(experiment: Experiment, offer: Offer, baselines: bool = False
     return Report("\n".join(lines), rate, outcome, best)
 
 
-def _tune_and_judge(experiment: Experiment, spec: JudgeSpec, arrivals: Ints, cut_s: int) -> tuple[TunedScale, Outcome]:
+def _tune_and_judge(experiment: Experiment, spec: JudgeSpec, arrivals: Ints, cut_s: int) -> tuple[str, TunedScale, Outcome]:
+    """The forecast that would have been cheapest on the past, its scale, and the judged part replayed with both."""
     offered = arrivals.reshape(-1, _INTERVAL_S, 1).sum(1)
-    recording = Recording.of(offered, horizon_for(spec.startup_s, _INTERVAL_S))
-    cut, options = cut_s // _INTERVAL_S, ForecastOptions()
-    past = recording.cross_validated(0, options, cut)[:-1, None]
-    future = recording.walked(0, options, cut - 1, len(offered) - 1)[:, None]
+    cut, seasonal = cut_s // _INTERVAL_S, experiment.tune_days >= _SEASON_DAYS
+    begin = cut // 2 if seasonal else 1
     sizing = SizingOptions(drain_s=60.0 if spec.queue == "fifo" else 0.0)
-    tuned = tune_scales(arrivals[_INTERVAL_S:cut_s], past, spec, sizing, _SCALES, experiment.goal, _MISS_SHARE)[0]
-    return tuned, replay_forecasts(arrivals[cut_s:], future, spec, sizing, np.array([tuned.scale]))
+    tried, failed = [], []
+    for candidate in (_BURSTY, _SEASONAL) if seasonal else (_BURSTY,):
+        options = candidate.options
+        recording = Recording.of(offered, horizon_for(spec.startup_s, _INTERVAL_S, candidate.hold_s), options.rule)
+        past = recording.cross_validated(0, options, cut)[begin - 1 : -1, None]
+        seconds = arrivals[begin * _INTERVAL_S : cut_s]
+        try:
+            tuned = tune_scales(seconds, past, spec, sizing, _SCALES, experiment.goal, _MISS_SHARE)[0]
+        except ValueError as error:
+            failed.append(error)  # raised below when no other forecast keeps the goal
+            continue
+        future = recording.walked(0, options, cut - 1, len(offered) - 1)[:, None]
+        tried.append((tuned, candidate.name, future))
+    if not tried:
+        raise failed[0]
+    tuned, name, future = min(tried, key=lambda one: one[0].replica_seconds)
+    return name, tuned, replay_forecasts(arrivals[cut_s:], future, spec, sizing, np.array([tuned.scale]))
 
 
 def _baseline_lines(

@@ -1,14 +1,17 @@
 """Forecast of the quantile of the largest demand over [start-up, start-up + horizon], per pool, learnt from what was seen.
 
 Two forecasts are blended. The forest (app.cost.boosting) learns a quantile of the growth from now to the highest
-one-minute rate of the horizon, and is fitted again every day. The rule needs no training: most of the last half hour's
-peak and a little of the day's mean. Blended they miss less than either, because they fail at different times. Neither may
-stay below what the newest seconds prove (the step detector): a jump is ordered for in the slot after it.
+one-minute rate of the horizon, and is fitted again every day. The rule needs no training. For bursty demand it is "peak":
+most of the last half hour's peak and a little of the day's mean; blended with the forest they miss less than either,
+because they fail at different times. For demand that repeats by day and week it is "season": the largest growth seen at
+this time of an earlier day (DemandHistory.seasonal_peak), best on its own. Nothing may stay below what the newest seconds
+prove (the step detector): a jump is ordered for in the slot after it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -18,15 +21,17 @@ from app.cost.traces import DAY_S, Floats, Ints
 
 _PEAK_SHARE = 0.85  # of the half hour's peak in the rule; the rest is the day's mean
 _RULE_HEADROOM = 1.15  # brings the rule to the level of a 0.95 quantile, so that one scale fits every blend
-_STEP_HEADROOM = 1.1  # over a proven rate
 _ROW_S = 60  # one training row a minute
 _MAX_ROWS = 24_000
+
+
+Rule = Literal["peak", "season"]
 
 
 @dataclass(frozen=True, slots=True)
 class ForecastOptions:
     """quantile and number of trees of the forest; forest_share in [0, 1], the rest is the rule's; refit_s seconds between
-    fits.
+    fits; step_headroom over a rate that the newest seconds prove.
     """
 
     quantile: float = 0.95
@@ -36,10 +41,16 @@ class ForecastOptions:
     min_leaf: int = 200
     refit_s: int = DAY_S
     seed: int = 0
+    rule: Rule = "peak"
+    step_headroom: float = 1.1
 
     def __post_init__(self) -> None:
         if not 0 <= self.forest_share <= 1:
             raise ValueError(f"forest_share is {self.forest_share}; it must lie between 0 and 1")
+        if self.rule not in ("peak", "season"):
+            raise ValueError(f"rule is {self.rule!r}; choose 'peak' or 'season'")
+        if self.step_headroom < 0:
+            raise ValueError(f"step_headroom is {self.step_headroom}; it must be at least 0")
 
     def boosting(self) -> BoostingOptions:
         """Options of one fit."""
@@ -65,21 +76,24 @@ class Untrained:
     """Forecasts that need no training, float64[P] (or one row per slot) requests per second."""
 
     rule: Floats
-    step: Floats
+    proven: Floats
     base: Floats
 
     @classmethod
-    def of(cls, history: DemandHistory) -> Untrained:
-        """From the newest slot."""
-        rule = _RULE_HEADROOM * (_PEAK_SHARE * history.highest_half_hour + (1 - _PEAK_SHARE) * history.day_mean)
-        return cls(np.asarray(rule), np.asarray(_STEP_HEADROOM * history.proven), history.base)
+    def of(cls, history: DemandHistory, rule: Rule) -> Untrained:
+        """From the newest slot; "season" is "peak" until a day has been seen."""
+        wanted = _RULE_HEADROOM * (_PEAK_SHARE * history.highest_half_hour + (1 - _PEAK_SHARE) * history.day_mean)
+        if rule == "season":
+            seasonal = history.seasonal_peak()
+            wanted = np.where(np.isnan(seasonal), wanted, seasonal)
+        return cls(np.asarray(wanted), history.proven, history.base)
 
-    def demand(self, growth: Floats | None, forest_share: float) -> Floats:
+    def demand(self, growth: Floats | None, options: ForecastOptions) -> Floats:
         """The blend with the forest's log growth over base (None before it is fitted), never below the proven step."""
         blended = self.rule
-        if growth is not None and forest_share > 0:
-            blended = forest_share * np.exp(growth) * self.base + (1 - forest_share) * self.rule
-        return np.asarray(np.maximum(blended, self.step))
+        if growth is not None and options.forest_share > 0:
+            blended = options.forest_share * np.exp(growth) * self.base + (1 - options.forest_share) * self.rule
+        return np.asarray(np.maximum(blended, options.step_headroom * self.proven))
 
 
 class DemandForecaster:
@@ -106,7 +120,7 @@ class DemandForecaster:
             rows, growth = training_rows(self.history, np.array(self._slots), np.array(self._features))
             self.forest = fit_if_enough(rows, growth, self.options)
         growth_now = None if self.forest is None else self.forest.predict(features)
-        return Untrained.of(self.history).demand(growth_now, self.options.forest_share)
+        return Untrained.of(self.history, self.options.rule).demand(growth_now, self.options)
 
 
 def row_slots(interval_s: int) -> int:

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from app.cost.demand import DemandHistory, HorizonSpec
-from app.cost.forecast import ForecastOptions, Untrained, fit_if_enough, refit_slots, row_slots, training_rows
+from app.cost.forecast import ForecastOptions, Rule, Untrained, fit_if_enough, refit_slots, row_slots, training_rows
 from app.cost.judge import JudgeSpec
 from app.cost.policy import Sizing, SizingOptions
 from app.cost.replay import Observation, Outcome, replay
@@ -26,24 +26,25 @@ _FOLD_GAP_S = 3600  # rows this close to a fold's edge share its weather and are
 @dataclass(frozen=True, slots=True)
 class Recording:
     """Histories run through once, each pool a history of its own: features float64[K, P, F], plain forecasts float64[K,
-    P].
+    P] by `rule`.
     """
 
     history: DemandHistory
     features: Floats
     untrained: Untrained
+    rule: Rule
 
     @classmethod
-    def of(cls, offered: Ints, horizon: HorizonSpec) -> Recording:
+    def of(cls, offered: Ints, horizon: HorizonSpec, rule: Rule = "peak") -> Recording:
         """Read offered int64[K, P] requests per slot."""
         history = DemandHistory(offered.shape[1], horizon, len(offered))
         first = history.push(offered[0])
         features, plain = np.empty((len(offered), *first.shape)), np.empty((3, *offered.shape))
         for slot, counts in enumerate(offered):
             features[slot] = history.push(counts) if slot else first
-            now = Untrained.of(history)
-            plain[:, slot] = now.rule, now.step, now.base
-        return cls(history, features, Untrained(*plain))
+            now = Untrained.of(history, rule)
+            plain[:, slot] = now.rule, now.proven, now.base
+        return cls(history, features, Untrained(*plain), rule)
 
     def cross_validated(self, pool: int, options: ForecastOptions, end: int) -> Floats:
         """Forecast float64[end] after each of the first slots, by forests that saw neither a slot's fold nor the hour
@@ -76,14 +77,16 @@ class Recording:
 
     def _forecast(self, pool: int, options: ForecastOptions, slots: Ints, known: int, begin: int, end: int) -> Floats:
         """Fit on the rows at `slots`, as after `known` slots; forecasts after [begin, end)."""
+        if options.rule != self.rule:
+            raise ValueError(f"the history was recorded with rule {self.rule!r}, not {options.rule!r}; record it anew")
         plain = Untrained(
-            *(part[begin:end, pool] for part in (self.untrained.rule, self.untrained.step, self.untrained.base))
+            *(part[begin:end, pool] for part in (self.untrained.rule, self.untrained.proven, self.untrained.base))
         )
         if options.forest_share == 0 or known <= refit_slots(options, self.history.horizon.interval_s):
-            return plain.demand(None, options.forest_share)
+            return plain.demand(None, options)
         alone = self.history.pool(pool)
         forest = fit_if_enough(*training_rows(alone, slots, self.features[slots, pool][:, None], known), options)
-        return plain.demand(None if forest is None else forest.predict(self.features[begin:end, pool]), options.forest_share)
+        return plain.demand(None if forest is None else forest.predict(self.features[begin:end, pool]), options)
 
 
 class GivenForecast:

@@ -100,7 +100,8 @@ def test_cross_validation_never_sees_its_fold() -> None:
 
 def test_tuning_takes_the_smallest_scale_that_keeps_the_goal() -> None:
     arrivals, offered = offered_per_slot([7, 8], 8)
-    forecast = np.stack([Recording.of(offered, HORIZON).untrained.demand(None, 0.0)[:-1, pool] for pool in range(2)], 1)
+    plain = ForecastOptions(forest_share=0.0)
+    forecast = np.stack([Recording.of(offered, HORIZON).untrained.demand(None, plain)[:-1, pool] for pool in range(2)], 1)
     spec, scales = JudgeSpec(4.0, 60, 30), np.arange(0.8, 1.6, 0.1)
     chosen = tune_scales(arrivals[30:], forecast, spec, SizingOptions(), scales, 0.98, 0.5)
     for pool, choice in enumerate(chosen):
