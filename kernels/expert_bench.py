@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kernels.bench_rows import Row
-from kernels.cases import FfnShape, Precision
+from kernels.cases import ENCODE_TOKENS, FfnShape, Precision
 from kernels.expert_gemm import FfnTiles, PackedExperts, expert_ffn, expert_ffn_reference, select_tiles
 from kernels.route.reference import order_reference
 from kernels.routing import Routing
@@ -150,14 +150,22 @@ class ExpertPoint:
         return Row("expert_gemm", case, result.get("us", 0.0), error, MAX_ERROR, touched, flops, launches=2)
 
     def grouped_mm(self) -> float:
-        """us of torch's bf16 grouped_mm with ReLU between the GEMMs, no bias, rows already in expert order: the anchor."""
+        """us of torch's bf16 grouped_mm, rows already in expert order: the anchor. At encoder sizes it pays bias and ReLU
+        (one fused pass each); at decode sizes ReLU alone, where a launch for each bias would weigh as much as a GEMM."""
+        from kernels.expert_anchor.grouped import grouped_ffn
+
+        bed = self.bed
+        biases = (bed.bias1, bed.bias2) if self.num_tokens >= ENCODE_TOKENS[0] else None
         routings, _ = self.cut(16)
         offsets = [r.expert_offsets[1:].contiguous() for r in routings]
-        rows = [x[r.gather_index.long() // self.bed.shape.top_k] for x, r in zip(self.xs, routings, strict=True)]
+        rows = [x[r.gather_index.long() // bed.shape.top_k] for x, r in zip(self.xs, routings, strict=True)]
+        experts = [
+            ids.reshape(-1)[r.gather_index.long()].contiguous() for (ids, _), r in zip(self.choices, routings, strict=True)
+        ]
 
         def layer(index: int) -> torch.Tensor:
-            fc1, fc2 = self.bed.weights[index % len(self.bed.weights)]
-            h = torch._grouped_mm(rows[index], fc1.data.transpose(1, 2), offs=offsets[index])
-            return torch._grouped_mm(h.relu_(), fc2.data.transpose(1, 2), offs=offsets[index])
+            fc1, fc2 = bed.weights[index % len(bed.weights)]
+            weights = fc1.data, fc2.data
+            return grouped_ffn(rows[index], weights, biases, offsets[index], experts[index])
 
         return graph_time_us([functools.partial(layer, i) for i in range(len(rows))], replays=7)

@@ -24,74 +24,9 @@ import torch
 from kernels.cases import DECODE_TOKENS, ENCODE_TOKENS, FFN_SHAPES, PRECISIONS, FfnShape, Precision
 from kernels.compile_ahead import compile_ahead
 from kernels.expert_gemm.jobs import ffn_jobs
-from kernels.expert_gemm.tiles import FfnTiles
+from kernels.tune_candidates import MODES, candidates, variant_key
 
-MODES = ("plain", "static", "dynamic")
-
-# (bn1, bn2, join, warps, stages); every width comes early, so that a sweep that runs out of time has seen each of them
-_DECODE = [
-    (64, 64, 2, 4, 3),
-    (128, 64, 2, 4, 3),
-    (128, 128, 1, 4, 3),
-    (64, 64, 4, 4, 3),
-    (64, 64, 2, 4, 4),
-    (64, 64, 1, 4, 3),
-    (128, 64, 1, 4, 3),
-    (128, 128, 2, 8, 3),
-]
-_DECODE_BF16 = [(128, 128, 1, 4, 3), (128, 128, 1, 4, 4), (128, 128, 2, 4, 3), (64, 64, 2, 4, 3), (64, 64, 2, 4, 4)]
-# (block_tokens, bn1, bn2, join, warps, stages)
-_ENCODE = [
-    (64, 256, 256, 2, 16, 3),
-    (64, 128, 128, 2, 8, 2),
-    (128, 128, 128, 2, 8, 2),
-    (32, 128, 128, 2, 4, 3),
-    (128, 256, 256, 2, 16, 2),
-    (32, 64, 64, 2, 4, 3),
-    (64, 256, 256, 2, 8, 3),
-    (32, 128, 128, 2, 8, 3),
-    (64, 128, 128, 1, 8, 3),
-    (64, 128, 128, 4, 8, 2),
-    (32, 256, 256, 2, 16, 3),
-    (64, 256, 256, 1, 16, 3),
-    (64, 256, 256, 4, 16, 2),
-    (128, 256, 256, 4, 16, 2),
-    (64, 256, 256, 1, 8, 3),
-]
-_ENCODE_BF16 = [
-    (32, 128, 128, 1, 4, 3),
-    (64, 128, 128, 1, 8, 3),
-    (64, 128, 128, 1, 4, 4),
-    (128, 128, 128, 1, 8, 3),
-    (128, 128, 128, 1, 8, 4),
-    (64, 256, 256, 1, 8, 3),
-    (128, 256, 256, 1, 8, 3),
-]
-
-
-def candidates(shape: FfnShape, precision: Precision, num_tokens: int) -> list[FfnTiles]:
-    """Tiles worth timing for this size, breadth first: every tile in the likely launch mode before any in another."""
-    mean = num_tokens * shape.top_k / shape.num_experts
-    found: list[FfnTiles] = []
-    if mean <= 40:
-        splits = (4, 8) if num_tokens <= 4 else (2, 4) if num_tokens <= 16 else (1, 2)
-        for bn1, bn2, join, warps, stages in _DECODE_BF16 if precision.bits == 16 else _DECODE:
-            base = FfnTiles(16, bn1, bn2, join, warps, stages)
-            found.append(base)
-            for split in splits if bn2 == 128 or num_tokens < 320 else (1,):
-                for prefetch, dynamic in ((True, False), (False, True)):
-                    found.append(dataclasses.replace(base, fused=True, split=split, prefetch=prefetch, dynamic=dynamic))
-        found.append(dataclasses.replace(found[0], fused=True, split=splits[0]))
-    if mean >= 6:
-        for block, bn1, bn2, join, warps, stages in _ENCODE_BF16 if precision.bits == 16 else _ENCODE:
-            if block <= 2 * mean + 16 and (block >= 64 or mean < 100):
-                base = FfnTiles(block, bn1, bn2, join, warps, stages)
-                found.append(base)
-                found.append(dataclasses.replace(base, fused=True, dynamic=True))
-    if precision.group_size:
-        found = [t for t in found if t.join in (2, precision.group_size // 32)]
-    likely = ("static", "dynamic", "plain") if num_tokens <= 4 else ("plain", "dynamic", "static")
-    return sorted(found, key=lambda t: likely.index(mode_of(t)))
+_TRIAL_TOKENS = {"pipelined": 1024}  # every other mode is tried at 64
 
 
 def sizes_of(shape: FfnShape) -> tuple[int, ...]:
@@ -121,26 +56,6 @@ def compile_candidates(points: list[tuple[FfnShape, Precision, int]]) -> tuple[d
     return programs, troubles
 
 
-def variant_key(shape: FfnShape, precision: Precision, tiles: FfnTiles) -> str:
-    """Name of one compiled variant."""
-    return f"{shape.name}/{precision.name}/{tiles_key(tiles)}"
-
-
-def mode_of(tiles: FfnTiles) -> str:
-    """plain (two launches), static (fused, cooperative) or dynamic (fused, tickets)."""
-    return "plain" if not tiles.fused else "dynamic" if tiles.dynamic else "static"
-
-
-def tiles_key(tiles: FfnTiles) -> str:
-    """Compact name of a tile choice."""
-    mode = (
-        f"fused split{tiles.split}{' prefetch' if tiles.prefetch else ''}{' dynamic' if tiles.dynamic else ''}"
-        if tiles.fused
-        else "plain"
-    )
-    return f"t{tiles.block_tokens} n{tiles.bn1}/{tiles.bn2} j{tiles.join} w{tiles.warps} s{tiles.stages} {mode}"
-
-
 def certificate(device: str) -> dict[str, str]:
     """Where and when a measurement was born."""
     import triton
@@ -159,10 +74,11 @@ def certificate(device: str) -> dict[str, str]:
 
 
 def trial(mode: str, programs_file: Path, out: Path) -> bool:
-    """Whether a launch mode works here at all: four candidates at 64 tokens in a child of its own."""
+    """Whether a launch mode works here at all: four candidates at one size in a child of its own."""
     folder = out / f"trial_{mode}"
     folder.mkdir(exist_ok=True)
-    trouble = run_child((FFN_SHAPES["paper"], PRECISIONS["w4a16"], (64,)), programs_file, folder, 25.0, f"{mode},trial")
+    point = FFN_SHAPES["paper"], PRECISIONS["w4a16"], (_TRIAL_TOKENS.get(mode, 64),)
+    trouble = run_child(point, programs_file, folder, 25.0, f"{mode},trial")
     lines = [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text(encoding="utf-8").splitlines()]
     works = not trouble and any(line["ok"] for line in lines)
     shown = [(line["key"], line.get("us"), line.get("error")) for line in lines]

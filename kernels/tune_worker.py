@@ -18,7 +18,7 @@ import torch
 from kernels.cases import FFN_SHAPES, PRECISIONS
 from kernels.expert_bench import ExpertBed, ExpertPoint
 from kernels.expert_gemm import FfnTiles
-from kernels.tune import candidates, mode_of, tiles_key, variant_key
+from kernels.tune_candidates import candidates, mode_of, tiles_key, variant_key
 
 
 def attempt(point: ExpertPoint, tiles: FfnTiles, retried: bool = False) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def attempt(point: ExpertPoint, tiles: FfnTiles, retried: bool = False) -> dict[
     try:
         return {"tiles": dataclasses.asdict(tiles)} | point.measure(tiles)
     except (RuntimeError, ValueError) as error:
-        if mode_of(tiles) == "static" and tiles.programs_per_sm > 1 and not retried:
+        if mode_of(tiles) in ("static", "pipelined") and tiles.programs_per_sm > 1 and not retried:
             return attempt(point, dataclasses.replace(tiles, programs_per_sm=tiles.programs_per_sm - 1), retried=True)
         return {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
 

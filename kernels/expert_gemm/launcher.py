@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kernels.expert_gemm.hopper.launcher import check_pipelined, launch_pipelined
 from kernels.expert_gemm.packing import PackedExperts
 from kernels.expert_gemm.tiles import FfnTiles, select_tiles
 from kernels.launch import check, overlap
@@ -35,6 +36,7 @@ def expert_gemm(
     num_pairs = routing.gather_index.numel()
     rows = routing.num_tokens if first else num_pairs
     tiles = tiles or select_tiles(num_pairs, weight)
+    check(not tiles.pipelined, "pipelined tiles are of both GEMMs: call expert_ffn, or choose other tiles")
     _check_gemm(x, weight, bias, routing, rows, tiles)
     check(
         tiles.block_tokens == routing.block_tokens,
@@ -96,7 +98,7 @@ def expert_ffn(
     check(fc1.bits == fc2.bits and fc1.group_size == fc2.group_size, "fc1 and fc2 must be quantized alike")
     hidden = x.new_empty(num_pairs, fc1.num_features) if hidden is None else hidden
     out = x.new_empty(routing.num_tokens, routing.top_k, fc2.num_features) if out is None else out
-    if not tiles.fused:
+    if not (tiles.fused or tiles.pipelined):
         expert_gemm(x, fc1, bias1, routing, first=True, tiles=tiles, out=hidden)
         expert_gemm(hidden, fc2, bias2, routing, first=False, tiles=tiles, out=out)
         return out
@@ -106,7 +108,12 @@ def expert_ffn(
         tiles.block_tokens == routing.block_tokens,
         f"tiles of {tiles.block_tokens} tokens; routing was cut to {routing.block_tokens}",
     )
-    if num_pairs:
+    if tiles.pipelined:
+        check(_has_pipeline(x), "pipelined tiles need a GPU of compute capability 9.0: choose other tiles")
+        check_pipelined(fc1, x.dtype, num_pairs, tiles)
+    if num_pairs and tiles.pipelined:
+        launch_pipelined(x, fc1, bias1, fc2, bias2, routing, tiles, hidden, out, _programs(tiles, x))
+    elif num_pairs:
         _launch_ffn(x, fc1, bias1, fc2, bias2, routing, tiles, hidden, out)
     return out
 
@@ -187,6 +194,11 @@ def _has_asm(x: torch.Tensor) -> bool:
     if not x.is_cuda or x.dtype == torch.float32:
         return False
     return x.dtype == torch.float16 or torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def _has_pipeline(x: torch.Tensor) -> bool:
+    """Register operands of asynchronous dots exist on Hopper alone."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
 def gemm_constants(

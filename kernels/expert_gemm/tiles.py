@@ -15,11 +15,13 @@ from kernels.tile_configs import measured_choice
 
 @dataclass(frozen=True, slots=True)
 class FfnTiles:
-    """block_tokens: pairs a tile. bn1, bn2: output features a tile of the first / second GEMM. join: weight planes
-    (32 input features
-    each; for 16-bit weights 64) that one dot takes. fused: both GEMMs in one launch; the rest holds for it alone.
+    """block_tokens: pairs a tile. bn1, bn2: output features a tile of the first / second GEMM. join: weight planes (32 input
+    features each; for 16-bit weights 64) that one dot takes. fused: both GEMMs in one launch; the rest holds for it alone.
     split: parts of the second GEMM's K. programs_per_sm: persistent programs; they must all be resident unless `dynamic`.
     prefetch: bring a program's next item into L2. max_registers 0: the compiler's choice.
+    pipelined: the launch for many tokens on compute capability 9.0 (hopper/kernel.py). Of the fields above it takes
+    block_tokens, bn1 and bn2 (16 or 32 features a warp), warps, programs_per_sm and max_registers; stages and x_stages are
+    the steps of weights and of activations it holds.
     """
 
     block_tokens: int
@@ -34,6 +36,8 @@ class FfnTiles:
     prefetch: bool = False
     dynamic: bool = False
     max_registers: int = 0
+    pipelined: bool = False
+    x_stages: int = 2
 
     def __post_init__(self) -> None:
         check(self.block_tokens in (16, 32, 64, 128, 256), f"block_tokens is {self.block_tokens}; choose 16 to 256")
@@ -42,6 +46,18 @@ class FfnTiles:
         )
         check(self.join in (1, 2, 4), f"join is {self.join}; choose 1, 2 or 4")
         check(not (self.dynamic and self.prefetch), "prefetch needs to know the next item: it cannot go with dynamic")
+        if self.pipelined:
+            rows = 16 * self.warps
+            check(
+                {self.bn1, self.bn2} <= {rows, 2 * rows},
+                f"bn is {self.bn1}, {self.bn2}; {self.warps} pipelined warps take {rows} or {2 * rows} features",
+            )
+            check(self.block_tokens >= 32, f"block_tokens is {self.block_tokens}; a pipelined launch takes 32 or more")
+            check(
+                1 <= self.x_stages <= self.stages and self.stages >= 2,
+                f"stages {self.stages}, x_stages {self.x_stages}; a pipelined launch holds 2 steps of weights at least, "
+                "and no more of activations: it waits for both by the copies of activations",
+            )
 
 
 def default_tiles(num_pairs: int, num_experts: int, group_size: int) -> FfnTiles:
@@ -61,7 +77,7 @@ def select_tiles(num_pairs: int, fc1: PackedExperts) -> FfnTiles:
     if found is not None:
         return FfnTiles(**found)  # type: ignore[arg-type]
     found = measured_choice("expert_gemm", device, shape=shape | {"group": 0}, size=num_pairs)
-    if found is not None:  # groups bound the planes a dot may take; the rest of the per-channel choice holds
+    if found is not None and not found.get("pipelined", False):  # groups bound the planes of a dot; all else holds for them
         return FfnTiles(**found | {"join": 2})  # type: ignore[arg-type]
     return default_tiles(num_pairs, fc1.num_experts, fc1.group_size)
 

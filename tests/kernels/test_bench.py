@@ -8,7 +8,7 @@ from kernels.bench import main
 from kernels.bench_plot import read_report, roof_flops_per_s
 from kernels.bench_rows import Machine
 from kernels.cases import FFN_SHAPES, PRECISIONS
-from kernels.tune import candidates, mode_of
+from kernels.tune_candidates import candidates, mode_of
 
 MACHINE = {"name": "made up", "bytes_per_s": 4e12, "flops_per_s": 8e14}
 

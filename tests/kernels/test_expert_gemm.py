@@ -1,4 +1,8 @@
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +17,30 @@ from kernels.expert_gemm import (
     expert_gemm,
     expert_gemm_reference,
     pack,
+    select_tiles,
     unpack,
 )
-from kernels.testing import relative_error
+from kernels.expert_gemm.dequant import dequantize_ptx
+from kernels.expert_gemm.hopper.launcher import check_pipelined
+from kernels.testing import random_experts, relative_error
 
 CASES = expert_cases(large=False)
+PIPELINED = {  # by bits: two programs and one an SM, each with both ways to cut the features, few and many tokens a tile
+    4: (
+        FfnTiles(32, 128, 64, stages=2, pipelined=True, programs_per_sm=2),
+        FfnTiles(128, 256, 128, 1, 8, 2, pipelined=True),
+    ),
+    8: (
+        FfnTiles(64, 128, 64, stages=3, pipelined=True, programs_per_sm=2),
+        FfnTiles(128, 128, 256, 1, 8, 3, pipelined=True, x_stages=3),
+    ),
+}
+PIPELINED_CASES = [
+    ExpertCase(tokens, 1024, 2048, 16, 2, PRECISIONS[f"w{bits}a16"], dataclasses.replace(tiles, programs_per_sm=1), pattern)
+    for bits, choices in PIPELINED.items()
+    for tiles in choices
+    for tokens, pattern in ((1, "spread"), (77, "spread"), (300, "one"), (513, "few"), (40, "none"), (900, "spread"))
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -31,6 +54,31 @@ def test_interpreter_matches_fp64(case: ExpertCase, cpu: torch.device) -> None:
 @pytest.mark.parametrize("case", expert_cases(large=True), ids=lambda c: c.name)
 def test_gpu_matches_fp64(case: ExpertCase, dtype: torch.dtype, cuda: torch.device) -> None:
     assert check_expert_case(case, cuda, dtype) <= LIMITS[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", PIPELINED_CASES, ids=lambda c: f"{c.name}-w{c.tiles.warps}")
+def test_gpu_pipelined_launch_matches_fp64(case: ExpertCase, dtype: torch.dtype, cuda: torch.device) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    assert check_expert_case(case, cuda, dtype) <= LIMITS[dtype]
+
+
+@pytest.mark.gpu
+def test_gpu_pipelined_bits_do_not_depend_on_the_batch(cuda: torch.device) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    from kernels.route import order_reference
+
+    case = ExpertCase(200, 1024, 2048, 3, 2, PRECISIONS["w4a16"], FfnTiles(64, 128, 64, stages=2, pipelined=True))
+    inputs = expert_inputs(case, cuda, torch.bfloat16)
+    whole = inputs.run(case.tiles)
+    ids, gates = inputs.routing.expert_ids[-70:], inputs.routing.gate_weights[-70:]
+    few = dataclasses.replace(
+        inputs, x=inputs.x[-70:].contiguous(), routing=order_reference(ids, gates, 3, case.d_model, case.tiles.block_tokens)
+    )
+    assert torch.equal(few.run(case.tiles)[ids >= 0], whole[-70:][ids >= 0])
 
 
 def composition_is_invisible(device: torch.device, dtype: torch.dtype) -> bool:
@@ -169,3 +217,150 @@ def test_single_gemms_match_their_twin(cpu: torch.device) -> None:
     truth = expert_gemm_reference(x, inputs.fc1, inputs.bias1, inputs.routing, first=True)
     assert relative_error(hidden[:used], truth[:used]) < 2e-6
     assert (truth[:used] >= 0).all()
+
+
+def words_of(bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of packed words [n, 2] that hold every code in every place, and their codes [n, 64 / bits, 2]: plane, side."""
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (1, 64, 4096), dtype=torch.int8, generator=generator)
+    words = pack(codes, torch.ones(1, 64), bits).data.view(64 * 4096 * bits // 32 // 2, 2)
+    block = 1024 // bits
+    # [strip, row, block, plane, pair, side] -> [strip, block, row, pair, plane, side]
+    planes = codes.view(1, 64, 4096 // block, block // 32, 16, 2).permute(0, 2, 1, 4, 3, 5)
+    return words, planes.reshape(-1, block // 32, 2)
+
+
+def run_ptx(assembly: str, words: torch.Tensor, outputs: int, float_dtype: torch.dtype) -> list[torch.Tensor]:
+    """Interpret the few instructions that the decoders use on every pair of words; each result as two floats [n, 2]."""
+    names = {f"${outputs + i}": words[:, i].long() & 0xFFFFFFFF for i in range(2)}
+
+    def value(name: str) -> torch.Tensor:
+        return torch.tensor(int(name, 0)) if name[0].isdigit() else names[name]
+
+    def floats(name: str) -> torch.Tensor:
+        bits = torch.stack((value(name) & 0xFFFF, value(name) >> 16), dim=-1)
+        return bits.to(torch.uint16).view(float_dtype).double()
+
+    for line in assembly.splitlines()[2:-1]:  # without braces and declarations
+        operation, rest = line.rstrip(";").split(" ", 1)
+        out, *arguments = (part.strip() for part in rest.split(","))
+        if operation == "mov.b32":
+            names[out] = value(arguments[0])
+        elif operation == "shr.u32":
+            names[out] = value(arguments[0]) >> int(arguments[1])
+        elif operation == "lop3.b32":
+            a, b, c = (value(name) for name in arguments[:3])
+            names[out] = {0xEA: (a & b) | c, 0x6A: (a & b) ^ c}[int(arguments[3], 0)]
+        else:
+            a, b = floats(arguments[0]), floats(arguments[1])
+            exact = a + b if operation.startswith("add") else a * b + floats(arguments[2])
+            rounded = exact.to(float_dtype).view(torch.uint16).long()
+            names[out] = rounded[..., 0] | rounded[..., 1] << 16
+    return [floats(f"${i}") for i in range(outputs)]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("half", [0, 1])
+def test_assembly_decodes_every_code_of_every_plane(bits: int, dtype: str, half: int) -> None:
+    words, codes = words_of(bits)
+    float_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
+    per_half = 16 // bits
+    for first in range(0, per_half, 2):
+        assembly, constraints = dequantize_ptx(bits, dtype, half, first, 2)
+        assert constraints == "=&r,=&r,r,r"
+        for i, plane in enumerate(run_ptx(assembly, words, 2, float_dtype)):
+            assert torch.equal(plane, codes[:, half * per_half + first + i].double())
+    assembly, _ = dequantize_ptx(bits, dtype, half)
+    for p, plane in enumerate(run_ptx(assembly, words, per_half, float_dtype)):
+        assert torch.equal(plane, codes[:, half * per_half + p].double())
+
+
+def test_the_pipelined_kernel_compiles_for_hopper_and_keeps_a_dot_in_flight() -> None:
+    """In a process of its own: here triton.jit means the interpreter. Where ptxas waits after every dot, it says so."""
+    code = r"""
+import re, subprocess, tempfile, triton
+from pathlib import Path
+from kernels.compile_ahead import compile_kernel
+from kernels.expert_gemm import FfnTiles
+from kernels.expert_gemm.jobs import ffn_jobs
+tiles = FfnTiles(64, 128, 64, stages=2, pipelined=True)
+ptx = compile_kernel(ffn_jobs(1024, 2048, 2, 4, 0, tiles)[0], 90).asm["ptx"]
+assert "1" in re.findall(r"wgmma.wait_group.sync.aligned (\d+)", ptx), "every dot is waited for"
+with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / "kernel.ptx"
+    file.write_text(ptx)
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    command = [ptxas, "-v", "--gpu-name=sm_90a", file, "-o", Path(folder) / "kernel.cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+assert "serialized" not in said and "spill" in said and " 0 bytes spill stores" in said, said
+"""
+    root = Path(__file__).parents[2]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 16}, "takes int4 or int8"),
+        ({"group": 64}, "per-channel scales"),
+        ({"dtype": torch.float32}, "takes bf16 or fp16"),
+        ({"d_ff": 320}, "must be multiples of the tiles"),
+        ({"d_model": 192}, "must be multiples of 256"),
+        ({"d_model": 256}, "2 steps of 256 input features are held"),
+        ({"bits": 8, "x_stages": 1}, "choose 2 or more"),
+        ({"num_pairs": 2**22}, "split the batch"),
+    ],
+)
+def test_pipelined_launch_refuses_what_it_cannot_serve(change: dict[str, int], message: str) -> None:
+    p = {
+        "bits": 4,
+        "group": 0,
+        "d_model": 512,
+        "d_ff": 512,
+        "num_pairs": 64,
+        "x_stages": 2,
+        "dtype": torch.bfloat16,
+    } | change
+    tiles = FfnTiles(64, 128, 64, stages=2, pipelined=True, x_stages=p["x_stages"])
+    generator = torch.Generator().manual_seed(0)
+    fc1 = random_experts(2, p["d_ff"], p["d_model"], p["bits"], p["group"], torch.bfloat16, generator)
+    with pytest.raises(ValueError, match=message):
+        check_pipelined(fc1, p["dtype"], p["num_pairs"], tiles)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"bn1": 64, "warps": 8}, {"block_tokens": 16}, {"stages": 1}, {"x_stages": 0}, {"x_stages": 3}, {"bn2": 256}],
+    ids=str,
+)
+def test_pipelined_tiles_must_fit_the_warps(fields: dict[str, int]) -> None:
+    good = {"block_tokens": 64, "bn1": 128, "bn2": 64, "stages": 2}
+    FfnTiles(**good, pipelined=True)
+    with pytest.raises(ValueError, match="pipelined"):
+        FfnTiles(**good | fields, pipelined=True)
+
+
+def test_pipelined_tiles_are_refused_where_there_is_no_hopper_and_for_one_gemm(cpu: torch.device) -> None:
+    tiles = FfnTiles(64, 128, 64, stages=2, pipelined=True)
+    case = ExpertCase(7, 512, 512, 3, 2, PRECISIONS["w4a16"], tiles)
+    inputs = expert_inputs(case, cpu, torch.float16)
+    with pytest.raises(ValueError, match=r"compute capability 9\.0"):
+        inputs.run(tiles)
+    with pytest.raises(ValueError, match="call expert_ffn"):
+        expert_gemm(inputs.x, inputs.fc1, inputs.bias1, inputs.routing, first=True, tiles=tiles)
+
+
+def test_group_scales_never_get_the_pipelined_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stored(op: str, device: torch.device, *, shape: dict[str, int], size: int) -> dict[str, int | bool] | None:
+        return None if shape["group"] else {"block_tokens": 64, "bn1": 128, "bn2": 64, "stages": 2, "pipelined": True}
+
+    monkeypatch.setattr("kernels.expert_gemm.tiles.measured_choice", stored)
+    generator = torch.Generator().manual_seed(0)
+    plain, grouped = (random_experts(2, 512, 512, 4, group, torch.bfloat16, generator) for group in (0, 128))
+    assert select_tiles(4096, plain).pipelined
+    assert not select_tiles(4096, grouped).pipelined

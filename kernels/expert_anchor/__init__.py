@@ -1,0 +1,1 @@
+"""What the expert FFN is measured against: torch's bf16 grouped_mm, given bias and ReLU."""

@@ -1,0 +1,1 @@
+"""The expert FFN for many tokens on Hopper: asynchronous tensor-core instructions in an explicit schedule (Gluon)."""
