@@ -1,16 +1,17 @@
 """The capacity model against live runs of the engine: profiles and runs take turns, the median of the rounds counts.
 
 A cell is a pair of languages, a length of source and a beam size. Its sentences are held-out texts of the demonstration
-model; how many tokens and decode steps each takes is learnt beforehand, one at a time. In every round the engine is profiled
-anew, the model predicts the highest rate and the p99 at 70 % of it, and the same sentences are then translated live, at the
-same instants.
+model; how many tokens and decode steps each takes is learnt beforehand, one at a time. In every round they are translated
+live, first all at once, then as they arrive at 70 % of the rate that the model predicts. Every fraction of a second the live
+run stands still and the engine (another runner of the same weights) is profiled for as long, so that both see the same
+machine. The profile of the cell and round then predicts the highest rate, and the p99 for the same instants.
 """
 
 from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from app.cost.traces import Floats
 from engine.config import EngineConfig, ModelConfig
 
 if TYPE_CHECKING:
-    from app.engine_timing import EngineTimer, WallClock
+    from app.engine_timing import EngineTimer, Timing, WallClock
     from engine.tokenizer import Tokenizer
     from engine.translator import Translator
 
@@ -33,6 +34,9 @@ BEAMS = (1, 4)
 LOAD = 0.7
 P99_TOLERANCE, RATE_TOLERANCE = 0.15, 0.10
 _NUM_TEXTS = 40
+_TURN_S = 0.15
+_TIMES = {"short": 3, "long": 1}  # the sentences asked for: short ones are over in no time
+_STEPS_OF_A_LOAD = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,39 +113,71 @@ def check_capacity(
     from engine.tokenizer import Tokenizer
     from engine.translator import Translator
 
-    tokenizer, runner = Tokenizer.from_checkpoint(checkpoint), load_runner(checkpoint, config)
-    translator = Translator(tokenizer, Scheduler(config), runner, config)
-    model = ModelConfig.from_checkpoint(checkpoint)
-    timers = {beam: EngineTimer(runner, model, config, beam, clock) for beam in BEAMS}
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    translator = Translator(tokenizer, Scheduler(config), load_runner(checkpoint, config), config)
+    model, profiled = ModelConfig.from_checkpoint(checkpoint), load_runner(checkpoint, config)
+    profilers = {beam: _Profiler(EngineTimer(profiled, model, config, beam, clock), tokenizer, config) for beam in BEAMS}
     cells = [Cell(*pair, length, beam) for pair in PAIRS for length in LENGTHS for beam in BEAMS]
     known = {cell: _learn(translator, tokenizer, cell) for cell in cells}
     results = tuple(CellResult(cell) for cell in cells)
     with tqdm(total=num_rounds * len(cells), unit="cell", desc="validate", disable=None) as bar:
         for round_ in range(num_rounds):
             for number, result in enumerate(results):
-                cell = result.cell
-                profile = _profile(timers[cell.beam_size], tokenizer, config)
-                drawn = np.random.default_rng([round_, number]).integers(len(known[cell][0]), size=num_sentences)
-                _run_cell(translator, config, profile, result, known[cell], drawn, clock)
+                count = num_sentences * _TIMES[result.cell.length]
+                drawn = np.random.default_rng([round_, number]).integers(len(known[result.cell][0]), size=count)
+                _run_cell(translator, config, profilers[result.cell.beam_size], result, known[result.cell], drawn, clock)
                 bar.update()
     return CapacityReport(results)
 
 
-def _profile(timer: EngineTimer, tokenizer: Tokenizer, config: EngineConfig) -> Profile:
-    """A quick one, seconds before the run it is for."""
-    from app.engine_timing import EncodeTiming, StepTiming, fit_profile, host_seconds
+class _Profiler:
+    """Profiles the engine bit by bit, between the steps of a live run."""
 
-    timings = [timing for num_steps in (2, 2, 30) for timing in timer.measure(num_steps)]
-    return fit_profile(
-        [timing for timing in timings if isinstance(timing, EncodeTiming)],
-        [timing for timing in timings if isinstance(timing, StepTiming)],
-        device="here",
-        model="demonstration model",
-        config=config,
-        beam_size=timer.beam_size,
-        startup_s=0.0,
-        host_s=host_seconds(tokenizer, ["The file could not be saved."] * 50, PAIRS[0]),
-    )
+    def __init__(self, timer: EngineTimer, tokenizer: Tokenizer, config: EngineConfig) -> None:
+        from app.engine_profile import host_seconds
+
+        self._timer, self._config = timer, config
+        self._host_s = host_seconds(tokenizer, ["The file could not be saved."] * 50, PAIRS[0])
+        for _ in timer.measure(3):
+            pass  # warms up
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the timings so far."""
+        self._timings: list[Timing] = []
+        self._loads = self._timer.measure(_STEPS_OF_A_LOAD)
+        self._is_round_complete = False
+
+    def turn(self, clock: WallClock) -> None:
+        """Measure for about _TURN_S."""
+        ends = clock.now() + _TURN_S
+        while clock.now() < ends:
+            self._measure()
+
+    def profile(self) -> Profile:
+        """From all timings since `begin`; completes a round of all sizes if need be."""
+        from app.engine_profile import fit_profile
+
+        while not self._is_round_complete:
+            self._measure()
+        return fit_profile(
+            self._timings,
+            device="here",
+            model="demonstration model",
+            config=self._config,
+            beam_size=self._timer.beam_size,
+            length_step=self._timer.length_step,
+            startup_s=0.0,
+            host_s=self._host_s,
+        )
+
+    def _measure(self) -> None:
+        timings = next(self._loads, None)
+        if timings is None:
+            self._is_round_complete = True
+            self._loads = self._timer.measure(_STEPS_OF_A_LOAD)
+        else:
+            self._timings += timings
 
 
 def _learn(translator: Translator, tokenizer: Tokenizer, cell: Cell) -> tuple[list[str], Sentences]:
@@ -175,36 +211,51 @@ def _search(cell: Cell) -> Any:
 def _run_cell(
     translator: Translator,
     config: EngineConfig,
-    profile: Profile,
+    profiler: _Profiler,
     result: CellResult,
     known: tuple[list[str], Sentences],
     drawn: Any,
     clock: WallClock,
 ) -> None:
-    """Predict, run, note the ratios."""
+    """Run, profile, predict, note the ratios."""
     texts, sentences = [known[0][index] for index in drawn], Sentences(known[1].source_tokens[drawn], known[1].steps[drawn])
-    rate = max_rate_per_s(profile, config, sentences)
+    profiler.begin()
+    at_once = run_live(translator, texts, result.cell, np.zeros(len(texts)), clock, profiler.turn)
     gaps = np.random.default_rng(len(drawn)).exponential(1.0, len(drawn))
-    arrival_s = gaps.cumsum() / (LOAD * rate)
-    predicted = float(np.quantile(replay_engine(profile, config, sentences, arrival_s), 0.99))
-    live_rate = len(texts) / float(run_live(translator, texts, result.cell, np.zeros(len(texts)), clock).max())
-    live_p99 = float(np.quantile(run_live(translator, texts, result.cell, arrival_s, clock), 0.99))
-    result.rate.append(rate / live_rate)
-    result.p99.append(predicted / live_p99)
+    arrival_s = gaps.cumsum() / (LOAD * max_rate_per_s(profiler.profile(), config, sentences))
+    spread = run_live(translator, texts, result.cell, arrival_s, clock, profiler.turn)
+    profile = profiler.profile()
+    predicted = replay_engine(profile, config, sentences, arrival_s)
+    live_rate, live_p99 = len(texts) / float(at_once.max()), float(np.quantile(spread, 0.99))
+    result.rate.append(max_rate_per_s(profile, config, sentences) / live_rate)
+    result.p99.append(float(np.quantile(predicted, 0.99)) / live_p99)
     result.live_rate_per_s.append(live_rate)
     result.live_p99_s.append(live_p99)
 
 
-def run_live(translator: Translator, texts: Sequence[str], cell: Cell, arrival_s: Floats, clock: WallClock) -> Floats:
-    """Latency float64[N] of texts translated live, each submitted at its instant or as soon after as a step allows."""
+def run_live(
+    translator: Translator,
+    texts: Sequence[str],
+    cell: Cell,
+    arrival_s: Floats,
+    clock: WallClock,
+    turn: Callable[[WallClock], None] | None = None,
+) -> Floats:
+    """Latency float64[N] of texts translated live, each submitted at its instant or as soon after as a step allows.
+
+    turn: called after every _TURN_S; the run's time stands still meanwhile.
+    """
     from engine.types import TranslationRequest
 
     search = _search(cell)
     waiting = deque(range(len(texts)))
     latency = np.full(len(texts), np.nan)
-    started = clock.now()
+    started, last_turn = clock.now(), 0.0  # moved on by what turns take
     while waiting or translator.has_work:
         now = clock.now() - started
+        if turn is not None and now - last_turn >= _TURN_S:
+            turn(clock)
+            started, last_turn = clock.now() - now, now
         while waiting and arrival_s[waiting[0]] <= now:
             index = waiting.popleft()
             translator.submit(TranslationRequest(str(index), texts[index], cell.source, cell.target, search))

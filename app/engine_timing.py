@@ -1,39 +1,37 @@
-"""Times the engine on this machine and fits a profile to the timings. Torch loads inside the functions.
+"""Times the engine at work on this machine: the Translator with its scheduler, under loads made up of random ids.
 
-Legend: B sentences, s source tokens, b beam size, R = B b live rows.
+Torch loads inside the functions.
 """
 
 from __future__ import annotations
 
-import datetime
-import platform
-import resource
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from app.cost.profile import Birth, Profile, fit_costs
+from app.cost.profile import cells_read
+from app.cost.traces import Ints
 from engine.config import EngineConfig, ModelConfig
+from engine.types import EncodedBatch, Int32Array, SearchOptions, TranslationRequest
 
 if TYPE_CHECKING:
     from engine.device_runner import DeviceRunner
     from engine.runner import Runner
+    from engine.search.spec import SearchOutcome, SearchSpec
     from engine.tokenizer import Tokenizer
 
-_SOURCE_TOKENS = (8, 24, 64)
-_WARM_UP_STEPS = 2
+LENGTH_STEP = 16  # engine.kv_cache.LENGTH_STEP, which loads torch; a test compares the two
+_LOADS = (
+    ((4, 10), (4, 12), 1),
+    ((10, 48), (8, 64), 6),
+    ((64, 128), (4, 12), 1),
+)  # source tokens, target tokens, times the steps
+_FREE_SHARES = (0.0, 0.0, 0.25, 0.5)  # of the sentences in flight, that end before others take their places
+_STEPS_ON_GPU = 16  # timed as one: a GPU is kept busy from one to the next, and read one step late
 _NUM_RESERVED_IDS = 4  # bos, pad, eos, unk
-_START = "from pathlib import Path; from engine.config import EngineConfig; from engine.translator import Translator; " + (
-    "import sys; t = Translator.load(Path(sys.argv[1]), EngineConfig(device=sys.argv[2], precision=sys.argv[3])); "
-    "t.translate(['1'], src_lang=t.languages[0], tgt_lang=t.languages[-1])"
-)
 
 
 class WallClock:
@@ -66,26 +64,22 @@ class CpuClock(WallClock):
 
 
 @dataclass(frozen=True, slots=True)
-class EncodeTiming:
-    """One admission: an encoder pass over B sentences of s tokens, and what it adds to the next two decode steps."""
+class Timing:
+    """Steps of the engine in a row: live rows of each, cached tokens that all of them read (`cells_read`), source tokens of
+    the sentences of each encoder pass among them, and what they took, everything included.
+    """
 
-    sentences: int
-    source_tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class StepTiming:
-    """One decode step of R live rows with so many target tokens in their caches."""
-
-    rows: int
-    cached_tokens: int
+    rows: tuple[int, ...]
+    target_cells: float
+    source_cells: float
+    passes: tuple[tuple[int, ...], ...]
     seconds: float
 
 
 class EngineTimer:
-    """A runner and the sizes that fit it. The model may be any: sentences are random ids, and every one decodes to its
-    limit.
+    """A runner and the loads that fit it. The model may be any: sentences are random ids, each decoded to its own limit.
+
+    on_gpu; length_step: how the runner reads its caches (app.cost.profile.cells_read).
     """
 
     def __init__(
@@ -98,166 +92,144 @@ class EngineTimer:
     ) -> None:
         self._runner, self._model, self._config = runner, model, config
         self._now = (clock or WallClock()).now
+        self.on_gpu = config.device.startswith("cuda")
+        # The kernels read what is cached. Plain torch pads, on the CPU in steps.
+        self.length_step = 0 if self.on_gpu else LENGTH_STEP
         self.beam_size = beam_size
         most = min(config.max_source_slots, config.max_rows // beam_size)
         self.batches = sorted({*(1 << power for power in range(most.bit_length()) if 1 << power <= most), most})
         self._rng = np.random.default_rng(0)
 
     @property
-    def num_cells(self) -> int:
-        """Cells of one round of `measure`."""
-        return len(self.batches) * (len(self._lengths()) + 1)
+    def num_loads(self) -> int:
+        """Of one round of `measure`."""
+        return len(self.batches) * len(_LOADS)
 
-    def _lengths(self) -> list[int]:
-        return [length for length in _SOURCE_TOKENS if length <= self._config.max_source_tokens]
+    def measure(self, num_steps: int) -> Iterator[list[Timing]]:
+        """One round over all loads in random order: so many sentences in flight, for num_steps steps, or six times as many
+        where their caches fill.
+        """
+        loads = [(batch, load) for batch in self.batches for load in _LOADS]
+        for index in self._rng.permutation(len(loads)).tolist():
+            batch, (source, target, times) = loads[index]
+            yield self._measure_load(batch, source, target, times * num_steps)
 
-    def measure(self, num_steps: int) -> Iterator[EncodeTiming | StepTiming]:
-        """One round over all cells, each encoder pass once and num_steps decode steps, from the first on, per batch size."""
-        for batch in self.batches:
-            for length in self._lengths():
-                if batch * length <= self._config.encode_token_budget:
-                    yield EncodeTiming(batch, length, self._admit(batch, length))
-            rows = batch * self.beam_size
-            for position, seconds in enumerate(self._decode(batch, num_steps), _WARM_UP_STEPS):
-                yield StepTiming(rows, rows * position, seconds)
+    def _measure_load(self, batch: int, source: tuple[int, int], target: tuple[int, int], num_steps: int) -> list[Timing]:
+        from engine.scheduler import Scheduler
+        from engine.translator import Translator
 
-    def _encode(self, batch: int, length: int) -> float:
-        from engine.batching import pack
-
-        ids = self._rng.integers(_NUM_RESERVED_IDS, self._model.vocab_size, (batch, length)).astype(np.int32)
-        ids[:, -1] = self._model.eos_token_id
-        packed = pack(list(ids), range(batch))
-        self._synchronize()
-        started = self._now()
-        self._runner.encode(packed)
-        self._synchronize()
-        return self._now() - started
-
-    def _admit(self, batch: int, length: int) -> float:
-        """The pass, and by how much the first decode steps after it (cold caches) exceed the later ones."""
-        encode_s = self._encode(batch, length)
-        first, second, *later = self._steps(batch, _WARM_UP_STEPS + 4)
-        return encode_s + max(0.0, first + second - 2 * float(np.median(later)))
-
-    def _decode(self, batch: int, num_steps: int) -> list[float]:
-        """Steps of sentences just encoded; the first ones, which `_admit` counts, are left out."""
-        self._encode(batch, min(24, self._config.max_source_tokens))
-        return self._steps(batch, num_steps + _WARM_UP_STEPS)[_WARM_UP_STEPS:]
-
-    def _steps(self, batch: int, num_steps: int) -> list[float]:
-        """Seconds of the first decode steps of sentences that are encoded; fewer when the engine's limit is lower."""
-        from engine.search.spec import SearchSpec
-        from engine.types import SearchOptions
-
-        most = self._config.max_target_tokens
-        options = SearchOptions(beam_size=self.beam_size, max_target_tokens=most, min_target_tokens=most)
-        rows = [tuple(range(slot * self.beam_size, (slot + 1) * self.beam_size)) for slot in range(batch)]
-        self._runner.start([SearchSpec(slot, rows[slot], _NUM_RESERVED_IDS, most, options) for slot in range(batch)])
-        times = []
-        for _ in range(min(num_steps, most - 2)):
+        watched = _WatchedRunner(self._runner, self.beam_size, self.length_step)
+        ids = _RandomIds(self._model, self._rng, self._bounded(source, self._config.max_source_tokens))
+        translator = Translator(cast("Tokenizer", ids), Scheduler(self._config), cast("Runner", watched), self._config)
+        low, high = self._bounded(target, self._config.max_target_tokens)
+        in_flight = num_submitted = 0
+        timings = []
+        for _ in range(num_steps // self._group):
             self._synchronize()
             started = self._now()
-            self._runner.decode()
+            for _ in range(self._group):
+                if in_flight <= (1 - self._rng.choice(_FREE_SHARES)) * batch:
+                    for limit in self._rng.integers(low, high + 1, batch - in_flight).tolist():
+                        options = SearchOptions(self.beam_size, max_target_tokens=limit, min_target_tokens=limit)
+                        translator.submit(TranslationRequest(str(num_submitted), "", "", "", options))
+                        num_submitted += 1
+                    in_flight = batch
+                in_flight -= len(translator.step())
             self._synchronize()
-            times.append(self._now() - started)
+            timings.append(watched.take(self._now() - started))
+            if translator.stats().num_retries:
+                raise RuntimeError(
+                    "the engine had to start sentences over while it was timed; see the log above for the fault"
+                )
         self._runner.clear()
-        return times
+        return timings
+
+    @property
+    def _group(self) -> int:
+        return _STEPS_ON_GPU if self.on_gpu else 1
+
+    @staticmethod
+    def _bounded(lengths: tuple[int, int], limit: int) -> tuple[int, int]:
+        return min(lengths[0], limit), min(lengths[1], limit)
 
     def _synchronize(self) -> None:
-        if self._config.device.startswith("cuda"):
+        if self.on_gpu:
             import torch
 
             torch.cuda.synchronize(torch.device(self._config.device))
 
 
-def host_seconds(tokenizer: Tokenizer, texts: Sequence[str], languages: tuple[str, str]) -> float:
-    """Median time to tokenize one of `texts` and detokenize a text of its length."""
-    times = []
-    for text in texts:
-        started = time.perf_counter()
-        tokenizer.decode(tokenizer.encode(text, languages[0]).tolist())
-        times.append(time.perf_counter() - started)
-    return float(np.median(times))
+class _RandomIds:
+    """Stands where a tokenizer is: any text is a random sentence of this many tokens, from and to."""
+
+    def __init__(self, model: ModelConfig, rng: np.random.Generator, lengths: tuple[int, int]) -> None:
+        self._model, self._rng, self._lengths = model, rng, lengths
+        self.eos_token_id = model.eos_token_id
+
+    def encode(self, text: str, src_lang: str) -> Int32Array:
+        """int32[S]."""
+        length = int(self._rng.integers(self._lengths[0], self._lengths[1] + 1))
+        ids = self._rng.integers(_NUM_RESERVED_IDS, self._model.vocab_size, length, np.int32)
+        ids[-1] = self.eos_token_id
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Nothing."""
+        return ""
+
+    def language_id(self, language: str) -> int:
+        """Any id."""
+        return _NUM_RESERVED_IDS
 
 
-def start_up_seconds(checkpoint: Path, config: EngineConfig) -> float:
-    """From the start of a fresh process to its first translation."""
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", _START, str(checkpoint), config.device, config.precision], check=True)
-    return time.perf_counter() - started
+class _WatchedRunner:
+    """A runner, and what it was asked to do since the last `take`. Sentences decode to their limits."""
 
+    def __init__(self, runner: Runner | DeviceRunner, beam_size: int, length_step: int) -> None:
+        self._runner, self._beam_size, self._length_step = runner, beam_size, length_step
+        self._source_tokens: dict[int, int] = {}  # by slot
+        self._decoding: dict[int, tuple[int, int]] = {}  # by slot: target tokens held, limit
+        self._begin()
 
-def memory_bytes(device: str) -> float:
-    """Peak so far: allocated on the GPU, or resident in this process."""
-    if device.startswith("cuda"):
-        import torch
+    def _begin(self) -> None:
+        self._rows: list[int] = []
+        self._target_cells = self._source_cells = 0.0
+        self._passes: list[tuple[int, ...]] = []
 
-        return float(torch.cuda.max_memory_allocated(torch.device(device)))
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024  # Linux counts in KiB
+    def take(self, seconds: float) -> Timing:
+        """What was done since the last call."""
+        timing = Timing(tuple(self._rows), self._target_cells, self._source_cells, tuple(self._passes), seconds)
+        self._begin()
+        return timing
 
+    def encode(self, batch: EncodedBatch) -> None:
+        """As Runner."""
+        lengths: Ints = np.diff(batch.source_offsets).astype(np.int64)
+        self._passes.append(tuple(lengths.tolist()))
+        self._source_tokens.update(zip(batch.source_slots.tolist(), lengths.tolist(), strict=True))
+        self._runner.encode(batch)
 
-def device_name(device: str) -> str:
-    """As the price list would call it: `H200`; on a CPU its model name and the threads used."""
-    if device.startswith("cuda"):
-        import torch
+    def start(self, specs: Sequence[SearchSpec]) -> None:
+        """As Runner."""
+        self._decoding.update((spec.source_slot, (1, spec.max_tokens)) for spec in specs)
+        self._runner.start(specs)
 
-        return str(torch.cuda.get_device_name(torch.device(device))).removeprefix("NVIDIA ")
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    def decode(self) -> list[SearchOutcome]:
+        """As Runner. Of a sentence of n generated tokens the last step reads the start token and n - 1 of them."""
+        self._decoding = {slot: (held + 1, limit) for slot, (held, limit) in self._decoding.items() if held < limit}
+        if self._decoding:
+            count, step = len(self._decoding), self._length_step
+            held = [held for held, _ in self._decoding.values()]
+            source = [self._source_tokens[slot] for slot in self._decoding]
+            self._rows.append(count * self._beam_size)
+            self._target_cells += self._beam_size * cells_read(count, sum(held), max(held), step)
+            self._source_cells += cells_read(count, sum(source), max(source), step)
+        return self._runner.decode()
 
+    def remove(self, source_slots: Sequence[int]) -> None:
+        """As Runner."""
+        self._runner.remove(source_slots)
 
-def fit_profile(
-    encodes: Sequence[EncodeTiming],
-    steps: Sequence[StepTiming],
-    *,
-    device: str,
-    model: str,
-    config: EngineConfig,
-    beam_size: int,
-    startup_s: float,
-    host_s: float,
-    note: str = "",
-) -> Profile:
-    """The parameters with standard errors, and the medians of the steps. Raises ProfileError for too few timings."""
-    sentences = np.array([timing.sentences for timing in encodes], np.float64)
-    tokens = np.array([timing.source_tokens for timing in encodes], np.float64)
-    design = np.stack([np.ones_like(tokens), sentences * tokens, sentences * tokens**2], 1)
-    encode, encode_errors = fit_costs(design, np.array([timing.seconds for timing in encodes]))
-    rows = np.array([timing.rows for timing in steps], np.float64)
-    seconds = np.array([timing.seconds for timing in steps])
-    cached = np.array([timing.cached_tokens for timing in steps], np.float64)
-    decode, decode_errors = fit_costs(np.stack([np.ones_like(rows), rows, cached], 1), seconds)
-    empty = np.maximum(seconds - decode[2] * cached, 0.0)
-    errors = zip(("a0_s", "a1_s", "a2_s", "tau0_s", "alpha_s", "beta_s"), [*encode_errors, *decode_errors], strict=True)
-    return Profile(
-        device=device,
-        model=model,
-        precision=config.precision,
-        beam_size=beam_size,
-        estimated=False,
-        a0_s=float(encode[0]),
-        a1_s=float(encode[1]),
-        a2_s=float(encode[2]),
-        tau0_s=float(decode[0]),
-        alpha_s=float(decode[1]),
-        startup_s=startup_s,
-        memory_bytes=memory_bytes(config.device),
-        max_batch=min(config.max_source_slots, config.max_rows // beam_size),
-        born=_birth(config, len(encodes), len(steps), note),
-        errors={name: float(error) for name, error in errors},
-        step_points=tuple((float(size), float(np.median(empty[rows == size]))) for size in np.unique(rows)),
-        host_s=host_s,
-        beta_s=float(decode[2]),
-    )
-
-
-def _birth(config: EngineConfig, num_encodes: int, num_steps: int, note: str) -> Birth:
-    commit = ""
-    if shutil.which("git"):
-        asked = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
-    method = f"measured: {num_encodes} encoder passes, {num_steps} decode steps, {config.num_threads} threads"
-    machine = f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return Birth(date, commit or "unknown", machine, f"{method}; {note}" if note else method)
+    def clear(self) -> None:
+        """As Runner."""
+        self._runner.clear()

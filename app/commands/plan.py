@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 EXAMPLES = """  babelephant plan pools.yaml
   babelephant plan pools.yaml --gpu L4 --gpu L40S --quota L4=8 --slo 0.8
   babelephant plan pools.yaml --profile h200.json --spot --degraded 1.0
+  babelephant plan pools.yaml --gpu L4 --zones 3 --degraded 1.0
   babelephant plan pools.yaml --json plan.json --plot plan.png
   babelephant plan --paper
 
@@ -45,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.8,
         metavar="SHARE",
         help="of the peak, served after a replica is lost; default 0.8",
+    )
+    parser.add_argument(
+        "--zones", type=int, default=1, metavar="N", help="spread replicas over N zones, one of which may be lost; default 1"
     )
     parser.add_argument(
         "--profile", action="append", default=[], type=Path, metavar="FILE", help="measured profile; may be repeated"
@@ -90,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise CommandError(str(error)) from error
     estimated, skipped = _estimates(args, {offer.gpu for offer in offers} - measured.keys())
-    rules = PlanRules(args.slo, args.degraded, _quotas(args.quota))
+    rules = PlanRules(args.slo, args.degraded, _quotas(args.quota), args.zones)
     if not estimated and not measured:
         raise CommandError("the model runs on none of these GPUs: " + "; ".join(skipped))
     plan = make_plan(pools, offers, {**estimated, **measured}, rules, catalogue)

@@ -19,14 +19,15 @@ from engine.config import PRECISIONS, EngineConfig, ModelConfig
 
 if TYPE_CHECKING:
     from app.cost.profile import Profile
-    from app.engine_timing import EncodeTiming, EngineTimer, StepTiming
+    from app.engine_timing import EngineTimer, Timing
 
 EXAMPLES = """  babelephant profile --out cpu.json                          the demonstration model on this CPU, a minute
   babelephant profile /models/nllb-moe-54b --device cuda --precision w4a16 --out h200.json
   babelephant profile --shape paper --device cuda --precision w4a16 --out paper_h200.json
-  babelephant profile --validate                              on a machine with nothing else to do, a quarter of an hour
+  babelephant profile --validate                              on a machine with nothing else to do, ten minutes
   babelephant plan pools.yaml --profile h200.json"""
 
+_STEPS_OF_A_LOAD = {"cpu": 10, "cuda": 32}
 _SHAPES = ("tiny", "paper", "nllb54b")
 
 
@@ -47,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validate", action="store_true", help="check the capacity model against live runs, then stop")
     parser.add_argument("--validate-rounds", type=int, default=3, metavar="N", help="the median counts (%(default)s)")
     parser.add_argument(
-        "--validate-sentences", type=int, default=200, metavar="N", help="sentences of each live run (%(default)s)"
+        "--validate-sentences",
+        type=int,
+        default=120,
+        metavar="N",
+        help="long sentences of a live run, three times as many short ones (%(default)s)",
     )
     parser.add_argument(
         "--cpu-time", action="store_true", help="count CPU time instead of wall time: for a machine in use, cpu, one thread"
@@ -62,10 +67,11 @@ def run(args: argparse.Namespace) -> int:
         args.beam_size < 1
         or args.rounds < 3
         or args.max_rows < args.beam_size
-        or min(args.threads, args.validate_rounds) < 1
+        or min(args.threads, args.validate_rounds, args.validate_sentences) < 1
     ):
         raise CommandError(
-            "--beam-size, --threads and --validate-rounds are at least 1, --rounds 3, --max-rows the beam size"
+            "--beam-size, --threads, --validate-rounds and --validate-sentences are at least 1, --rounds 3, "
+            "--max-rows the beam size"
         )
     if args.cpu_time and (args.device != "cpu" or args.threads != 1):
         raise CommandError("--cpu-time is for --device cpu and --threads 1")
@@ -94,15 +100,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _profile_checkpoint(args: argparse.Namespace, checkpoint: Path, config: EngineConfig) -> Profile:
-    from app.engine_timing import (
-        CpuClock,
-        EngineTimer,
-        WallClock,
-        device_name,
-        fit_profile,
-        host_seconds,
-        start_up_seconds,
-    )
+    from app.engine_profile import device_name, fit_profile, host_seconds, start_up_seconds
+    from app.engine_timing import CpuClock, EngineTimer, WallClock
     from engine.device_runner import load_runner
     from engine.tokenizer import Tokenizer
 
@@ -113,14 +112,13 @@ def _profile_checkpoint(args: argparse.Namespace, checkpoint: Path, config: Engi
     clock = CpuClock() if args.cpu_time else WallClock()
     model = ModelConfig.from_checkpoint(checkpoint)
     timer = EngineTimer(load_runner(checkpoint, config), model, config, args.beam_size, clock)
-    encodes, steps = _measure(timer, args.rounds)
     return fit_profile(
-        encodes,
-        steps,
+        _measure(timer, args.rounds),
         device=args.name or device_name(args.device),
         model=checkpoint.name if args.checkpoint else "demonstration model",
         config=config,
         beam_size=args.beam_size,
+        length_step=timer.length_step,
         startup_s=startup_s,
         host_s=host_s,
         note="; ".join(filter(None, ["CPU time" if args.cpu_time else "", args.note])),
@@ -130,7 +128,8 @@ def _profile_checkpoint(args: argparse.Namespace, checkpoint: Path, config: Engi
 def _profile_shape(args: argparse.Namespace, config: EngineConfig) -> Profile:
     import torch
 
-    from app.engine_timing import EngineTimer, device_name, fit_profile
+    from app.engine_profile import device_name, fit_profile
+    from app.engine_timing import EngineTimer
     from engine.bench.ours import make_runner
     from engine.bench.random_model import RandomWeights, random_transformer
     from engine.bench.shapes import SHAPES
@@ -140,50 +139,44 @@ def _profile_shape(args: argparse.Namespace, config: EngineConfig) -> Profile:
     transformer = random_transformer(RandomWeights(SHAPES[args.shape], torch.device(args.device)), config)
     timer = EngineTimer(make_runner(transformer, config), SHAPES[args.shape], config, args.beam_size)
     startup_s = time.perf_counter() - started
-    encodes, steps = _measure(timer, args.rounds)
+    timings = _measure(timer, args.rounds)
     note = "random weights of this shape; startup_s is drawing them and warming up, reading a checkpoint is not in it"
     return fit_profile(
-        encodes,
-        steps,
+        timings,
         device=args.name or device_name(args.device),
         model=f"shape {args.shape}",
         config=config,
         beam_size=args.beam_size,
+        length_step=timer.length_step,
         startup_s=startup_s,
         host_s=0.0,
         note=f"{note}; {args.note}" if args.note else note,
     )
 
 
-def _measure(timer: EngineTimer, rounds: int) -> tuple[list[EncodeTiming], list[StepTiming]]:
+def _measure(timer: EngineTimer, rounds: int) -> list[Timing]:
     """All rounds with a progress bar; a first one that only warms up is thrown away."""
     from tqdm import tqdm
 
-    from app.engine_timing import EncodeTiming, StepTiming
-
-    encodes: list[EncodeTiming] = []
-    steps: list[StepTiming] = []
-    with tqdm(total=(rounds + 1) * timer.num_cells, unit="size", desc="profile", disable=None) as bar:
+    num_steps = _STEPS_OF_A_LOAD["cuda" if timer.on_gpu else "cpu"]
+    kept: list[Timing] = []
+    with tqdm(total=(rounds + 1) * timer.num_loads, unit="load", desc="profile", disable=None) as bar:
         for index in range(rounds + 1):
-            before = bar.n
-            for timing in timer.measure(num_steps=40):
-                if index and isinstance(timing, EncodeTiming):
-                    encodes.append(timing)
-                if index and isinstance(timing, StepTiming):
-                    steps.append(timing)
-                bar.update(isinstance(timing, EncodeTiming))
-            bar.update(timer.num_cells - (bar.n - before))
-    return encodes, steps
+            for timings in timer.measure(num_steps):
+                kept += timings if index else []
+                bar.update()
+            bar.update((index + 1) * timer.num_loads - bar.n)
+    return kept
 
 
 def _summary(profile: Profile) -> str:
     """Parameters with errors, for a terminal."""
     lines = [f"{profile.model} at {profile.precision}, beam {profile.beam_size}, on {profile.device}"]
     units = {"a0_s": "per encoder pass", "a1_s": "per source token", "a2_s": "per source token and token of its sentence"}
-    units |= {"tau0_s": "per decode step", "alpha_s": "per live row in it", "beta_s": "per target token cached"}
+    units |= {"tau0_s": "per decode step", "alpha_s": "per live row in it", "beta_s": "per target token read"}
+    units |= {"gamma_s": "per source token read", "host_s": "per sentence outside passes and steps"}
     for name, unit in units.items():
         lines.append(f"  {getattr(profile, name) * 1e6:>10.2f} us +- {profile.errors[name] * 1e6:<8.2f} {unit}")
-    lines.append(f"  {profile.host_s * 1e6:>10.2f} us             per sentence on the host")
     lines += [f"  step of {rows:>5.0f} rows {seconds * 1e3:>9.3f} ms, caches empty" for rows, seconds in profile.step_points]
     lines.append(f"  start-up {profile.startup_s:.1f} s, memory {profile.memory_bytes / 1e9:.2f} GB, {profile.born.method}")
     return "\n".join(lines)

@@ -6,12 +6,11 @@ code that admits live decides, and every encoder pass and decode step takes what
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from app.cost.profile import Profile
+from app.cost.profile import Profile, cells_read
 from app.cost.traces import Floats, Ints
 from engine.config import EngineConfig
 from engine.scheduler import GenerationState, Scheduler
@@ -41,8 +40,8 @@ def replay_engine(profile: Profile, config: EngineConfig, sentences: Sentences, 
     scheduler = Scheduler(replace(config, max_waiting=max(count, 1)), clock=lambda: now, epoch_clock=lambda: now)
     search = SearchOptions(beam_size=profile.beam_size)
     latency = np.zeros(count)
-    running: list[tuple[int, int, int]] = []  # (step of the end, slot, sentence)
-    arrived = num_steps = num_done = cached_tokens = 0
+    running = _Running(profile, sentences)
+    arrived = num_done = 0
     while num_done < count:
         while arrived < count and arrival_s[arrived] <= now:
             request = TranslationRequest(str(arrived), "", "", "", search)
@@ -50,24 +49,52 @@ def replay_engine(profile: Profile, config: EngineConfig, sentences: Sentences, 
             scheduler.submit(GenerationState(request, source, 0, 2))
             now += profile.host_s
             arrived += 1
-        if not scheduler.num_waiting and not running:
+        if not scheduler.num_waiting and not running.decoding:
             now = max(now, float(arrival_s[arrived]))
             continue
         if admitted := scheduler.admit():
             now += profile.encode_s(np.array([len(state.source_token_ids) for state in admitted], np.float64))
             for state in admitted:
-                sentence = int(state.request.request_id)
-                heapq.heappush(running, (num_steps + int(sentences.steps[sentence]), state.source_slot, sentence))
-        now += profile.step_s(scheduler.num_live_rows, cached_tokens)
-        num_steps += 1
-        cached_tokens += scheduler.num_live_rows
-        while running and running[0][0] <= num_steps:
-            _, slot, sentence = heapq.heappop(running)
+                running.start(state)
+        now += running.step_s()
+        for sentence, slot in running.step():
             scheduler.finish(slot)
-            cached_tokens -= profile.beam_size * int(sentences.steps[sentence])
             latency[sentence] = now - arrival_s[sentence]
             num_done += 1
     return latency
+
+
+class _Running:
+    """The sentences that decode: when each began and ends, counted in steps."""
+
+    def __init__(self, profile: Profile, sentences: Sentences) -> None:
+        self._profile, self._sentences = profile, sentences
+        self._num_steps = 0
+        self.decoding: dict[int, tuple[int, int, int]] = {}  # by sentence: first step, step of the end, slot
+
+    def start(self, state: GenerationState) -> None:
+        """From the next step on."""
+        sentence = int(state.request.request_id)
+        end = self._num_steps + int(self._sentences.steps[sentence])
+        self.decoding[sentence] = (self._num_steps, end, state.source_slot)
+
+    def step_s(self) -> float:
+        """Seconds of the next step. A sentence's first step holds two target tokens: the start token and the language."""
+        count, beam_size = len(self.decoding), self._profile.beam_size
+        held = [self._num_steps - first + 2 for first, _, _ in self.decoding.values()]
+        source = self._sentences.source_tokens[list(self.decoding)]
+        step = self._profile.length_step
+        target_cells = beam_size * cells_read(count, sum(held), max(held), step)
+        source_cells = cells_read(count, float(source.sum()), float(source.max()), step)
+        return self._profile.step_s(beam_size * count, target_cells, source_cells)
+
+    def step(self) -> list[tuple[int, int]]:
+        """(sentence, slot) of those that end with this step."""
+        self._num_steps += 1
+        ended = [(sentence, slot) for sentence, (_, end, slot) in self.decoding.items() if end <= self._num_steps]
+        for sentence, _ in ended:
+            del self.decoding[sentence]
+        return ended
 
 
 def max_rate_per_s(profile: Profile, config: EngineConfig, sentences: Sentences) -> float:

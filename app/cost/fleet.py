@@ -8,6 +8,10 @@ Pools p, options o (a GPU type under one purchase), n[p, o] replicas:
                sum_o n[p, o] >= minimum[p]
                sum_p n[p, o] <= quota[o]                                                  shared by all pools
 
+Over Z zones, each option's replicas spread evenly, a whole zone may fail instead of one replica:
+
+               sum_o capacity[p, o] (n[p, o] - ceil(n[p, o] / Z)) >= degraded[p]
+
 `solve_exact` (HiGHS) proves how far it can be from the best; app.cost.fleet_search solves in milliseconds for the control
 loop. Capacity 0 means the model does not run there.
 """
@@ -15,7 +19,7 @@ loop. Capacity 0 means the model does not run there.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,7 +37,8 @@ class PlanError(ValueError):
 @dataclass(frozen=True, slots=True)
 class FleetProblem:
     """demand, degraded float64[P] requests/s; minimum int64[P]; capacity float64[P, O] requests/s of one replica;
-    price_usd_per_hour float64[O]; quota float64[O] replicas, inf where there is none.
+    price_usd_per_hour float64[O]; quota float64[O] replicas, inf where there is none. zones: 1 plans for the loss of a
+    replica, more for the loss of a zone.
     """
 
     demand: Floats
@@ -42,6 +47,7 @@ class FleetProblem:
     capacity: Floats
     price_usd_per_hour: Floats
     quota: Floats
+    zones: int = 1
 
     def __post_init__(self) -> None:
         pools, options = self.capacity.shape
@@ -49,6 +55,8 @@ class FleetProblem:
             raise PlanError(f"demand, degraded and minimum need one value for each of {pools} pools")
         if self.price_usd_per_hour.shape != (options,) or self.quota.shape != (options,):
             raise PlanError(f"prices and quotas need one value for each of {options} options")
+        if self.zones < 1:
+            raise PlanError(f"zones is {self.zones}; it must be at least 1")
         if not (np.all(np.isfinite(self.demand)) and np.all(self.demand >= 0) and np.all(self.degraded >= 0)):
             raise PlanError("a demand is negative or not a number; demands are requests per second")
         stuck = np.flatnonzero((self.capacity.max(1, initial=0.0) <= 0) & ((self.demand > 0) | (self.minimum > 0)))
@@ -58,9 +66,19 @@ class FleetProblem:
     def pool(self, index: int) -> FleetProblem:
         """One pool alone."""
         one = slice(index, index + 1)
-        return FleetProblem(
-            self.demand[one], self.degraded[one], self.minimum[one], self.capacity[one], self.price_usd_per_hour, self.quota
+        return replace(
+            self,
+            demand=self.demand[one],
+            degraded=self.degraded[one],
+            minimum=self.minimum[one],
+            capacity=self.capacity[one],
         )
+
+    def lost(self, counts: Ints) -> Floats:
+        """Requests/s that each pool of a plan int64[P, O] loses at worst with one replica, or with one zone: float64[P]."""
+        if self.zones > 1:
+            return np.asarray((self.capacity * -(-counts // self.zones)).sum(1))
+        return np.asarray(np.where(counts > 0, self.capacity, 0.0).max(1))
 
     def usd_per_hour(self, counts: Ints) -> float:
         """Price of a plan int64[P, O]."""
@@ -69,15 +87,15 @@ class FleetProblem:
     def violations(self, counts: Ints) -> list[str]:
         """What a plan breaks, in words; empty when it is feasible."""
         total = (self.capacity * counts).sum(1)
-        worst = np.where(counts > 0, self.capacity, 0.0).max(1)
         slack = 1e-6 * np.maximum(self.demand, 1.0)
-        after_loss = total - worst
+        lost = "replica" if self.zones == 1 else "zone"
+        after_loss = total - self.lost(counts)
         broken = [
             f"pool {pool}: {total[pool]:.3f}/s for a demand of {self.demand[pool]:.3f}/s"
             for pool in np.flatnonzero(total < self.demand - slack)
         ]
         broken += [
-            f"pool {pool}: {after_loss[pool]:.3f}/s after losing a replica, {self.degraded[pool]:.3f}/s wanted"
+            f"pool {pool}: {after_loss[pool]:.3f}/s after losing a {lost}, {self.degraded[pool]:.3f}/s wanted"
             for pool in np.flatnonzero(after_loss < self.degraded - slack)
         ]
         broken += [f"pool {pool}: fewer replicas than its minimum" for pool in np.flatnonzero(counts.sum(1) < self.minimum)]
@@ -139,7 +157,8 @@ def _solve_together(problem: FleetProblem, max_gap: float, time_limit_s: float) 
 
 
 def _mixed_integer_model(problem: FleetProblem) -> highspy.HighsLp:
-    """HiGHS model: columns n[p, o] row by row, then largest[p, o], one of which is 1: the largest option pool p may use.
+    """HiGHS model: columns n[p, o] row by row, then largest[p, o], one of which is 1: the largest option pool p may use; or,
+    over zones, at least the replicas of o in a zone.
 
     Naming the largest needs one row for N+1 where a switch per option would need as many, each with a big M.
     """
@@ -148,7 +167,10 @@ def _mixed_integer_model(problem: FleetProblem) -> highspy.HighsLp:
     pools, options = problem.capacity.shape
     size = pools * options
     runs = problem.capacity > 0
-    need = np.maximum(problem.demand, problem.degraded)[:, None] + problem.capacity.max(1, keepdims=True)
+    spare = 1.0 if problem.zones == 1 else problem.zones / (problem.zones - 1)  # what a zone carries, the others must
+    need = spare * np.maximum(problem.demand, problem.degraded)[:, None] + problem.zones * problem.capacity.max(
+        1, keepdims=True
+    )
     most = np.where(runs, np.ceil(need / np.where(runs, problem.capacity, 1.0)) + problem.minimum[:, None], 0.0)
     rows: list[tuple[float, float, list[int], list[float]]] = []
     for pool in range(pools):
@@ -156,7 +178,12 @@ def _mixed_integer_model(problem: FleetProblem) -> highspy.HighsLp:
         capacity = problem.capacity[pool].tolist()
         rows.append((float(problem.demand[pool]), math.inf, columns, capacity))
         rows.append((float(problem.minimum[pool]), math.inf, columns, [1.0] * options))
-        if problem.degraded[pool] > 0:
+        if problem.degraded[pool] > 0 and problem.zones > 1:
+            in_a_zone = [size + column for column in columns]
+            lost = [-value for value in capacity]
+            rows.append((float(problem.degraded[pool]), math.inf, [*columns, *in_a_zone], [*capacity, *lost]))
+            rows += [(0.0, math.inf, [size + column, column], [float(problem.zones), -1.0]) for column in columns]
+        elif problem.degraded[pool] > 0:
             largest = [size + column for column in columns]
             rows.append((1.0, 1.0, largest, [1.0] * options))
             lost = [-value for value in capacity]
@@ -174,7 +201,7 @@ def _mixed_integer_model(problem: FleetProblem) -> highspy.HighsLp:
     model.num_col_, model.num_row_ = 2 * size, len(rows)
     model.col_cost_ = np.concatenate([np.tile(problem.price_usd_per_hour, pools), np.zeros(size)])
     model.col_lower_ = np.zeros(2 * size)
-    model.col_upper_ = np.concatenate([most.ravel(), np.ones(size)])
+    model.col_upper_ = np.concatenate([most.ravel(), np.ones(size) if problem.zones == 1 else most.ravel()])
     model.integrality_ = [highspy.HighsVarType.kInteger] * (2 * size)
     model.row_lower_ = np.array([row[0] for row in rows])
     model.row_upper_ = np.array([row[1] for row in rows])

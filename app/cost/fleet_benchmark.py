@@ -2,8 +2,9 @@
 
 Instances: demands of Zipf form over the pools, capacities within a quarter of a GPU's usual speed, N+1 for half to all of
 the demand, a replica at least per pool; half of the instances with quotas on one to five options, at 20 to 90 % of what a
-plan without quotas would take. The gap is to the Lagrangian bound; `--exact N` solves the first N of each kind by HiGHS
-too and gives the gap to its proven bound.
+plan without quotas would take. The gap is to the Lagrangian bound, which the best plan may not reach: an instance further
+from it than 0.5 % is solved by HiGHS too, whose proven bound then counts. `--exact N` does so for the first N of each kind.
+Times are of the process (cpu), which others on the machine disturb less, and as they passed (wall).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from app.cost.fleet_search import solve_fast
 
 _PRICES = np.array([0.526, 0.8048, 1.006, 1.861, 2.745, 3.431, 6.88, 7.912])
 _SPEED = np.array([1.0, 1.9, 2.1, 4.2, 6.0, 7.0, 16.0, 19.0])  # of a replica, in the first one's, usual
+_WANTED_GAP = 0.005
 
 
 def random_fleet(seed: int, num_pools: int = 200, with_quotas: bool = False) -> FleetProblem:
@@ -43,30 +45,33 @@ def random_fleet(seed: int, num_pools: int = 200, with_quotas: bool = False) -> 
 
 def measure(with_quotas: bool, num_instances: int, num_exact: int, exact_s: float) -> dict[str, float]:
     """Quantiles of gaps (shares of the bound) and seconds; prints what stands out."""
-    gaps, proven, seconds = [], [], []
+    gaps, from_bound, cpu_s, wall_s = [], [], [], []
     solve_fast(random_fleet(0, with_quotas=with_quotas))  # the first call imports and allocates
     for seed in range(num_instances):
         problem = random_fleet(seed, with_quotas=with_quotas)
-        started = time.perf_counter()
+        started, started_cpu = time.perf_counter(), time.process_time()
         plan = solve_fast(problem)
-        seconds.append(time.perf_counter() - started)
+        cpu_s.append(time.process_time() - started_cpu)
+        wall_s.append(time.perf_counter() - started)
         if broken := problem.violations(plan.counts):
             raise PlanError(f"instance {seed}: {broken[0]}")
-        gaps.append(plan.usd_per_hour / plan.bound_usd_per_hour - 1)
-        if seed < num_exact:
-            proven.append(plan.usd_per_hour / solve_exact(problem, time_limit_s=exact_s).bound_usd_per_hour - 1)
-            print(f"instance {seed}: {proven[-1]:.3%} over HiGHS's bound, {gaps[-1]:.3%} over ours", flush=True)
+        gap = plan.usd_per_hour / plan.bound_usd_per_hour - 1
+        from_bound.append(gap)
+        if seed < num_exact or gap > _WANTED_GAP:
+            proven = plan.usd_per_hour / solve_exact(problem, time_limit_s=exact_s).bound_usd_per_hour - 1
+            print(f"instance {seed}: {proven:.3%} over HiGHS's bound, {gap:.3%} over ours", flush=True)
+            gap = min(gap, proven)
+        gaps.append(gap)
     summary = {
         "instances": num_instances,
         "gap_p50": float(np.quantile(gaps, 0.5)),
         "gap_p99": float(np.quantile(gaps, 0.99)),
         "gap_max": max(gaps),
-        "p50_s": float(np.quantile(seconds, 0.5)),
-        "p99_s": float(np.quantile(seconds, 0.99)),
-        "max_s": max(seconds),
+        "gap_to_own_bound_max": max(from_bound),
     }
-    if proven:
-        summary["proven_gap_max"] = max(proven)
+    for name, seconds in (("cpu", cpu_s), ("wall", wall_s)):
+        summary |= {f"{name}_p{share}_s": float(np.quantile(seconds, share / 100)) for share in (50, 99)}
+        summary[f"{name}_max_s"] = max(seconds)
     return {name: round(value, 6) for name, value in summary.items()}
 
 

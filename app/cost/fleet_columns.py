@@ -1,16 +1,20 @@
 """Candidate plans of single pools ("columns"): one or two options each, all pools at once, in numpy.
 
-Letters: P pools, O options, C candidates, K candidates kept per pool.
+Letters: P pools, O options, L options under quota, C candidates of each pool, N columns of all pools worth looking at.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
 from app.cost.fleet import FleetProblem
 from app.cost.traces import Floats, Ints
+
+Bools = npt.NDArray[np.bool_]
 
 _NEAR = 5  # first so many replicas of the bulk's option, one by one
 _SHARES = 6  # then so many shares of it: a large pool that a quota splits needs them
@@ -27,11 +31,6 @@ class Candidates:
     n1: Floats
     n2: Floats
 
-    @property
-    def num_candidates(self) -> int:
-        """C."""
-        return int(np.prod(self.n2.shape[1:]))
-
     def cost(self, price: Floats) -> Floats:
         """float64[P, C] at these prices float64[O]."""
         cost = self.n2 * price[:, None]
@@ -47,18 +46,83 @@ class Candidates:
         counts[pools, kept, second] += self.n2[pools, first, second, split]
         return counts
 
-    def best_of_pairs(self, cost: Floats, num_kept: int) -> Ints:
-        """int64[P, K]: for each pool the cheapest candidate of each of its num_kept cheapest (first, second)."""
-        splits = self.n2.shape[3]
-        grouped = cost.reshape(len(cost), -1, splits)
-        within = grouped.argmin(2)
-        cheapest = np.take_along_axis(grouped, within[:, :, None], 2)[:, :, 0]
-        pairs = np.argpartition(cheapest, min(num_kept, cheapest.shape[1]) - 1, axis=1)[:, :num_kept]
-        return np.asarray(pairs * splits + np.take_along_axis(within, pairs, 1))
+    def worthwhile(self, price: Floats, limited: Ints) -> Columns:
+        """The columns that may be cheapest for some prices not below these float64[O], of which those of the options limited
+        int64[L] may rise: no other column of the pool is as cheap and uses as little of each. (Some others stay too.)
+        """
+        pool, candidate = np.nonzero(self.n2.reshape(len(self.n2), -1) < _NEVER)
+        first, second, split = np.unravel_index(candidate, self.n2.shape[1:])
+        counts, rows = np.zeros((len(pool), len(price))), np.arange(len(pool))
+        counts[rows, first] = self.n1[pool, first, 0, split]
+        counts[rows, second] += self.n2[pool, first, second, split]
+        columns = Columns.of(pool, counts, price, limited)
+        kept = np.arange(len(pool))
+        for extra in _price_rises(len(limited)):
+            left = columns.at(kept, with_counts=False)
+            kept = kept[~left.dominated(left.cheapest(extra * price[limited]))]
+        return columns.at(kept)
 
-    def cheapest(self, cost: Floats, num_kept: int) -> Ints:
-        """int64[P, K]: the num_kept cheapest candidates of each pool."""
-        return np.asarray(np.argpartition(cost, min(num_kept, cost.shape[1]) - 1, axis=1)[:, :num_kept])
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """N columns, pool by pool: pool int64[N], start int64[P] of each pool's first, counts float64[N, O], use float64[N, L]
+    of the options under quota, plain float64[N] cost without multipliers.
+    """
+
+    pool: Ints
+    start: Ints
+    counts: Floats
+    use: Floats
+    plain: Floats
+
+    @classmethod
+    def of(cls, pool: Ints, counts: Floats, price: Floats, limited: Ints) -> Self:
+        """From counts of pools in order."""
+        start = np.searchsorted(pool, np.arange(int(pool[-1]) + 1))
+        return cls(pool, start, counts, np.ascontiguousarray(counts[:, limited]), counts @ price)
+
+    def cost(self, extra: Floats) -> Floats:
+        """float64[N] with multipliers float64[L] on top of the prices."""
+        return np.asarray(self.plain + self.use @ extra)
+
+    def cheapest(self, extra: Floats) -> Ints:
+        """int64[P]: each pool's first cheapest column."""
+        cost = self.cost(extra)
+        found = np.flatnonzero(cost == np.minimum.reduceat(cost, self.start)[self.pool])
+        chosen = np.zeros(len(self.start), np.int64)
+        chosen[self.pool[found[::-1]]] = found[::-1]
+        return chosen
+
+    def dominated(self, chosen: Ints) -> Bools:
+        """bool[N]: the columns that those chosen, one of each pool, beat or equal in cost and in every use."""
+        other = chosen[self.pool]
+        beaten = self.plain[other] <= self.plain
+        for use in self.use.T:
+            beaten &= use[other] <= use
+        beaten[chosen] = False
+        return beaten
+
+    def nearest(self, extra: Floats, num_kept: int) -> Ints:
+        """int64[P, num_kept]: each pool's cheapest columns at these multipliers, cheapest first; the last one repeated where
+        a pool has fewer.
+        """
+        order = np.lexsort((self.cost(extra), self.pool))
+        size = np.diff(self.start, append=len(self.pool))
+        return np.asarray(order[self.start[:, None] + np.minimum(np.arange(num_kept), size[:, None] - 1)])
+
+    def at(self, rows: Ints, with_counts: bool = True) -> Columns:
+        """Only these columns int64[M], rising; some of each pool."""
+        pool = self.pool[rows]
+        start = np.searchsorted(pool, np.arange(len(self.start)))
+        counts = self.counts[rows] if with_counts else self.counts[:0]
+        return Columns(pool, start, counts, self.use[rows], self.plain[rows])
+
+
+def _price_rises(num_limited: int) -> Floats:
+    """float64[M, L] in shares of the price: the columns cheapest there beat most others."""
+    together = np.array([100.0, 0.0, 0.5, 2.0])[:, None] * np.ones(num_limited)
+    alone = np.concatenate([share * np.eye(num_limited) for share in (100.0, 1.0)])
+    return together if num_limited == 1 else np.concatenate([together, alone])
 
 
 def enumerate_candidates(problem: FleetProblem, split_shares: bool) -> Candidates:
@@ -89,4 +153,5 @@ def enumerate_candidates(problem: FleetProblem, split_shares: bool) -> Candidate
     n2[:, same, same] = _NEVER
     # n1 of the first split is shared with pairs of two, so that one option alone is written as the rest of its bulk.
     n2[:, same, same, 0] = np.where(runs, alone - np.where(first_runs[:, :, 0], n1[:, :, 0], 0.0), _NEVER)
+    n2[~runs.any(1), 0, 0, 0] = 0.0  # a pool that wants nothing and could have nothing
     return Candidates(np.where(first_runs, n1, 0.0)[:, :, None], n2)

@@ -1,6 +1,6 @@
 """Fine adjustment of a plan under quotas: pools, one at a time, trade replicas for what the room left allows.
 
-A pool's alternatives are all its candidates and what comes of giving up a few replicas of one option for another, so that
+A pool's alternatives are its columns and what comes of giving up a few replicas of one option for another, so that
 plans of three and more options come about.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from app.cost.fleet import FleetProblem
-from app.cost.fleet_columns import Candidates
+from app.cost.fleet_columns import Columns
 from app.cost.traces import Floats, Ints
 
 _STEPS = 6  # replicas given up one by one, then by sixths of what there is
@@ -17,9 +17,7 @@ _FEW = 3  # replicas given up after a room was filled
 _NEARLY = 4  # lowest prices: how much dearer a filled room may be before its swaps
 
 
-def exchange(
-    problem: FleetProblem, candidates: Candidates, counts: Ints, pools: Ints, fine: Floats, num_passes: int = 2
-) -> Ints:
+def exchange(problem: FleetProblem, columns: Columns, counts: Ints, pools: Ints, fine: Floats, num_passes: int = 2) -> Ints:
     """Counts int64[P, O], no dearer than those given when a replica over quota costs `fine` float64[O]; only `pools`
     change.
     """
@@ -28,7 +26,7 @@ def exchange(
     for _ in range(num_passes):
         moved = False
         for pool in pools.tolist():
-            others = _alternatives(problem, candidates, pool, counts[pool], room)
+            others = _alternatives(problem, columns, pool, counts[pool], room)
             over = np.maximum(others - (room + counts[pool]), 0.0)
             value = others @ price + over @ fine
             best = int(value.argmin())
@@ -40,10 +38,9 @@ def exchange(
     return counts
 
 
-def _alternatives(problem: FleetProblem, candidates: Candidates, pool: int, own: Ints, room: Floats) -> Floats:
+def _alternatives(problem: FleetProblem, columns: Columns, pool: int, own: Ints, room: Floats) -> Floats:
     """float64[N, O] plans of one pool that meet its demand, N+1 and minimum."""
-    every = np.arange(candidates.num_candidates)
-    plain = Candidates(candidates.n1[pool : pool + 1], candidates.n2[pool : pool + 1]).counts(every[None])[0]
+    plain = columns.counts[columns.start[pool] : columns.start[pool + 1] if pool + 1 < len(columns.start) else None]
     bases = own.astype(np.float64)[None]
     fills = _fills(problem, pool, own, room)
     near = fills @ problem.price_usd_per_hour < own @ problem.price_usd_per_hour + _NEARLY * problem.price_usd_per_hour.min()

@@ -17,8 +17,10 @@ def solve_fast(problem: FleetProblem) -> FleetPlan:
     """A feasible plan; its bound is that of all plans of at most two types a pool (the tests measure the distance to the
     proven one).
 
-    Raises PlanError when the quotas cannot be met.
+    Raises PlanError when the quotas cannot be met, and for zones.
     """
+    if problem.zones > 1:
+        raise PlanError("plans over zones are solve_exact's; plan the control loop's fleet with zones 1")
     candidates = enumerate_candidates(problem, split_shares=False)
     cost = candidates.cost(problem.price_usd_per_hour)
     chosen = cost.argmin(1)

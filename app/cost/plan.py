@@ -51,16 +51,19 @@ class PoolDemand:
 @dataclass(frozen=True, slots=True)
 class PlanRules:
     """slo_s p99 of a sentence; degraded_share of the peak that must still be served after one replica is lost (0: no
-    N+1).
+    N+1); zones that replicas are spread over: with more than 1, a whole zone may be lost.
     """
 
     slo_s: float = 1.0
     degraded_share: float = 0.8
     quotas: Mapping[str, int] | None = None
+    zones: int = 1
 
     def __post_init__(self) -> None:
         if not self.slo_s > 0 or not 0 <= self.degraded_share <= 1:
             raise PlanError("slo_s must be positive and degraded_share between 0 and 1")
+        if self.zones < 1:
+            raise PlanError(f"zones is {self.zones}; it must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,7 @@ def make_plan(
         capacity=capacity,
         price_usd_per_hour=np.array([offer.usd_per_hour for offer in usable]),
         quota=np.array([float(quotas.get(offer.gpu, np.inf)) for offer in usable]),
+        zones=rules.zones,
     )
     solved = solve_exact(problem)
     lines = [
@@ -179,7 +183,7 @@ def _why(problem: FleetProblem, solved: FleetPlan, pool: int, option: int) -> st
     if any("for a demand" in reason for reason in broken):
         return "peak"
     if any("after losing" in reason for reason in broken):
-        return "N+1"
+        return "N+1" if problem.zones == 1 else "zone"
     return "minimum" if broken else "cheapest mix"
 
 
@@ -190,16 +194,23 @@ def table(plan: Plan) -> str:
         f"{line.pool.name:<16} {line.offer.gpu + ('*' if line.estimated else ''):<10} {line.offer.purchase:<10}"
         f" {line.replicas:>8}"
         f" {line.capacity_per_s:>9.1f} {line.pool.peak_per_s:>9.1f} {line.usd_per_hour:>9.2f}  {line.why}"
+        + (f"  zones {'+'.join(map(str, spread(line.replicas, plan.rules.zones)))}" if plan.rules.zones > 1 else "")
         for line in plan.lines
     ]
     notes = [
-        f"p99 within {plan.rules.slo_s:g} s; {plan.rules.degraded_share:.0%} of the peak is still served after losing one",
+        f"p99 within {plan.rules.slo_s:g} s; {plan.rules.degraded_share:.0%} of the peak is still served after losing a "
+        + ("replica" if plan.rules.zones == 1 else f"zone of {plan.rules.zones}"),
         f"prices of {plan.catalogue.date}; at most {plan.solved.gap:.2%} above the cheapest possible (proven)",
     ]
     if any(line.estimated for line in plan.lines):
         notes.append("* estimated from bytes and FLOPs, not measured: measure a profile before ordering")
     total = f"total {plan.solved.usd_per_hour:.2f} USD/h"
     return "\n".join([header, *rows, "", total, *notes, "", price_comparison(plan)])
+
+
+def spread(replicas: int, zones: int) -> list[int]:
+    """Replicas per zone, as even as can be, the fuller ones first."""
+    return [replicas // zones + (zone < replicas % zones) for zone in range(zones)]
 
 
 def price_comparison(plan: Plan) -> str:

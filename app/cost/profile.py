@@ -2,13 +2,15 @@
 
 Legend: s source tokens, t target tokens, b beam size, B sentences in a batch, R = B b live rows, T packed source tokens.
 
-    encode(T)  = a0 + a1 T + a2 T s      one packed encoder pass (several lengths: a2 times the sum of s squared)
-    step(R, C) = tau0 + alpha R + beta C one decode step for all live rows, C target tokens in their caches
-    batch(B)   = a0 + B s (a1 + a2 s) + t (tau0 + alpha B b + beta B b t / 2)
+    encode        = a0 + a1 T + a2 (sum of s squared)   one packed encoder pass
+    step(R, C, S) = tau0 + alpha R + beta C + gamma S   one decode step of all live rows, which read C cached target tokens
+                                                        and S cached source tokens
+    host          per sentence: tokenizing, starting, ending, detokenizing
 
-A line is the small truth about a decode step; the points it was fitted to are kept, and `step_s` follows them. In closed
-form a replica is a batch server (app.cost.queueing) with a fixed part a0 + t tau0 and a part per sentence s (a1 + a2 s) + t
-b (alpha + beta t / 2).
+What a step reads depends on the engine (`cells_read`): the kernels read what is cached; plain torch reads for every row as
+much as for the longest. A line is the small truth about a decode step; the points it was fitted to are kept, and `step_s`
+follows them. In closed form a replica is a batch server (app.cost.queueing) with a fixed part a0 + t tau0 and a part per
+sentence: host + s (a1 + a2 s) + t (b (alpha + beta t / 2) + gamma s), without the half where rows are read alike.
 """
 
 from __future__ import annotations
@@ -34,13 +36,15 @@ from engine.accounting import (
 )
 from engine.config import ModelConfig
 
-VERSION = 2
+VERSION = 3
+PARAMETERS = ("a0_s", "a1_s", "a2_s", "tau0_s", "alpha_s", "beta_s", "gamma_s", "host_s")
 # Shares of a peak that a tuned engine reaches, and the fixed costs around it: assumptions of every estimate, printed with
 # it.
 _BANDWIDTH_SHARE, _FLOPS_SHARE = 0.6, 0.4
 _LAUNCH_S_PER_LAYER = 25e-6
 _LOAD_BYTES_PER_S, _PROCESS_START_S = 1.0e9, 25.0
 _ACTIVE_EXPERTS = 2
+_REWEIGHTINGS = 4
 
 
 class ProfileError(ValueError):
@@ -63,7 +67,8 @@ class Profile:
 
     startup_s from order to serving; memory_bytes weights, cache and work space; max_batch sentences at once. estimated is
     True for a roofline that nobody has measured. step_points: (live rows, seconds of a decode step with empty caches), rows
-    rising; beta_s: per target token cached; host_s: tokenizing and detokenizing of one sentence on the engine's thread.
+    rising; beta_s, gamma_s: per target and source token read; length_step: see `cells_read`; host_s: what a sentence costs
+    the engine's thread outside passes and steps.
     """
 
     device: str
@@ -84,38 +89,41 @@ class Profile:
     step_points: tuple[tuple[float, float], ...] = ()
     host_s: float = 0.0
     beta_s: float = 0.0
+    gamma_s: float = 0.0
+    length_step: int = 0
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        for name in ("a0_s", "a1_s", "a2_s", "tau0_s", "startup_s", "memory_bytes", "host_s", "beta_s"):
+        for name in (*PARAMETERS, "startup_s", "memory_bytes", "length_step"):
             if not getattr(self, name) >= 0:
                 raise ProfileError(
                     f"profile of {self.model} on {self.device}: {name} is {getattr(self, name)}; it cannot be negative"
                 )
-        if not self.alpha_s > 0 or self.max_batch < 1 or self.beam_size < 1:
-            raise ProfileError(
-                f"profile of {self.model} on {self.device}: alpha_s, max_batch and beam_size must be positive"
-            )
+        if self.max_batch < 1 or self.beam_size < 1:
+            raise ProfileError(f"profile of {self.model} on {self.device}: max_batch and beam_size must be positive")
 
     def encode_s(self, source_tokens: Floats) -> float:
         """Seconds of one packed encoder pass over sentences of these lengths, float64[B]."""
         return float(self.a0_s + self.a1_s * source_tokens.sum() + self.a2_s * (source_tokens**2).sum())
 
-    def step_s(self, rows: float, cached_tokens: float = 0.0) -> float:
-        """Seconds of a decode step of so many live rows that hold `cached_tokens` target tokens together: between the points
-        measured, else by the line.
+    def step_s(self, rows: float, target_cells: float = 0.0, source_cells: float = 0.0) -> float:
+        """Seconds of a decode step of so many live rows that read so many cached tokens together (`cells_read`): between the
+        points measured, else by the line.
         """
+        reading = self.beta_s * target_cells + self.gamma_s * source_cells
         if not self.step_points or rows > self.step_points[-1][0]:
-            return self.tau0_s + self.alpha_s * rows + self.beta_s * cached_tokens
+            return self.tau0_s + self.alpha_s * rows + reading
         sizes, seconds = np.array(self.step_points).T
-        return float(np.interp(rows, sizes, seconds)) + self.beta_s * cached_tokens
+        return float(np.interp(rows, sizes, seconds)) + reading
 
     def service(self, source_tokens: float, target_tokens: float) -> BatchService:
         """The replica as a batch server for sentences of these lengths."""
         fixed = self.a0_s + target_tokens * self.tau0_s
-        row_s = target_tokens * (self.alpha_s + self.beta_s * target_tokens / 2)
-        each = source_tokens * (self.a1_s + self.a2_s * source_tokens) + self.beam_size * row_s
-        return BatchService(fixed, each, self.max_batch)
+        read = target_tokens if self.length_step else target_tokens / 2
+        row_s = self.alpha_s + self.beta_s * read
+        decode_s = target_tokens * (self.beam_size * row_s + self.gamma_s * source_tokens)
+        encode_s = source_tokens * (self.a1_s + self.a2_s * source_tokens)
+        return BatchService(fixed, self.host_s + encode_s + decode_s, self.max_batch)
 
     def capacity_per_s(self, source_tokens: float, target_tokens: float, slo_s: float, arrival_cv2: float = 1.0) -> float:
         """Sentences per second within a p99 of slo_s; 0 when one sentence alone takes longer."""
@@ -142,6 +150,13 @@ class Profile:
         return cls(**{**raw, "born": Birth(**raw["born"]), "step_points": points})
 
 
+def cells_read(count: int, total: float, longest: float, length_step: int) -> float:
+    """Cached tokens read for `count` rows or sentences that hold `total` together and at most `longest` each: the total with
+    length_step 0, else for each of them the longest, rounded up to a multiple of length_step.
+    """
+    return count * -(-longest // length_step) * length_step if length_step else total
+
+
 def fit_line(x: Floats, seconds: Floats) -> tuple[float, float, float, float]:
     """(intercept, slope, their standard errors) of seconds float64[N] over x float64[N], neither below 0."""
     (intercept, slope), (intercept_error, slope_error) = fit_costs(np.stack([np.ones_like(x), x], 1), seconds)
@@ -149,7 +164,9 @@ def fit_line(x: Floats, seconds: Floats) -> tuple[float, float, float, float]:
 
 
 def fit_costs(design: Floats, seconds: Floats) -> tuple[Floats, Floats]:
-    """(coefficients float64[K] >= 0, standard errors) by least squares weighted by 1/seconds: timing noise grows with time.
+    """(coefficients float64[K] >= 0, standard errors) by least squares. The variance of a timing is taken to grow with the
+    seconds fitted, so that their sum comes out right. (Weights from the timings themselves would favour the short ones, and
+    predict too little.)
 
     design float64[N, K], N > K. What would come out negative is left out, the worst first, and is 0 without an error.
     """
@@ -159,19 +176,32 @@ def fit_costs(design: Floats, seconds: Floats) -> tuple[Floats, Floats]:
         raise ProfileError(
             f"{num_timings} timings at {num_sizes} sizes; at least {num_costs + 1} timings at {num_costs} sizes are needed"
         )
-    weighted = design / seconds[:, None]
+    scale = np.sqrt(seconds)
+    for _ in range(_REWEIGHTINGS):
+        coefficients, errors = _fit_weighted(design, seconds, scale)
+        scale = np.maximum(np.sqrt(design @ coefficients), 0.3 * scale)
+    return coefficients, errors
+
+
+def _fit_weighted(design: Floats, seconds: Floats, scale: Floats) -> tuple[Floats, Floats]:
+    """One least-squares fit of seconds / scale."""
+    num_timings, num_costs = design.shape
+    weighted, aim = design / scale[:, None], seconds / scale
+    size = np.sqrt((weighted**2).mean(0))
+    size[size == 0] = 1.0
+    weighted = weighted / size  # columns of one size: sums of squared tokens stand beside ones
     kept = np.arange(num_costs)
     while True:
-        solution, *_ = np.linalg.lstsq(weighted[:, kept], np.ones(num_timings))
+        solution, *_ = np.linalg.lstsq(weighted[:, kept], aim)
         if solution.min() >= 0 or len(kept) == 1:
             break
         kept = np.delete(kept, int((solution * np.abs(weighted[:, kept]).mean(0)).argmin()))
     used = weighted[:, kept]
-    noise = ((used @ solution - 1) ** 2).sum() / (num_timings - len(kept))
+    noise = ((used @ solution - aim) ** 2).sum() / (num_timings - len(kept))
     coefficients, errors = np.zeros(num_costs), np.zeros(num_costs)
-    coefficients[kept] = solution
-    errors[kept] = np.sqrt(np.diag(np.linalg.inv(used.T @ used)) * noise)
-    return coefficients, errors
+    coefficients[kept] = np.maximum(solution, 0.0)
+    errors[kept] = np.sqrt(np.diag(np.linalg.pinv(used.T @ used)) * noise)
+    return coefficients / size, errors / size
 
 
 def distinct_experts(num_experts: int, tokens: Floats) -> Floats:

@@ -13,6 +13,7 @@ from app.cost.fleet_benchmark import random_fleet
 from app.cost.fleet_columns import enumerate_candidates
 from app.cost.fleet_exchange import _alternatives
 from app.cost.fleet_search import solve_fast
+from app.cost.plan import PlanRules, spread
 
 PRICES = np.array([0.526, 0.8048, 1.006, 1.861, 2.745, 3.431, 6.88, 7.912])
 
@@ -94,15 +95,48 @@ def test_plans_under_quotas_are_near_the_solvers_own(seed: int, pools: int) -> N
 def test_every_alternative_of_an_exchange_keeps_the_pools_rules() -> None:
     case = random_fleet(4, 12, with_quotas=True)
     candidates = enumerate_candidates(case, split_shares=True)
+    limited = np.flatnonzero(np.isfinite(case.quota))
+    columns = candidates.worthwhile(case.price_usd_per_hour, limited)
     plan = solve_fast(case).counts
     room = np.where(np.isfinite(case.quota), 3.0, np.inf)
     for pool in range(12):
-        alternatives = _alternatives(case, candidates, pool, plan[pool], room)
-        sane = alternatives[alternatives.max(1) < 1e6]
-        assert len(sane) > 100
+        alternatives = _alternatives(case, columns, pool, plan[pool], room)
+        assert len(alternatives) > 10
         alone = replace(case.pool(pool), quota=np.full(8, np.inf))
-        for counts in sane.astype(np.int64):
+        for counts in alternatives.astype(np.int64):
             assert alone.violations(counts[None]) == []
+
+
+@pytest.mark.parametrize("seed", [1, 6, 7, 11])
+def test_no_price_rise_makes_a_column_left_out_the_cheapest(seed: int) -> None:
+    case = random_fleet(seed, 40, with_quotas=True)
+    limited = np.flatnonzero(np.isfinite(case.quota))
+    candidates = enumerate_candidates(case, split_shares=True)
+    columns = candidates.worthwhile(case.price_usd_per_hour, limited)
+    assert len(columns.pool) < 0.1 * candidates.n2.size
+    rng = np.random.default_rng(seed)
+    for mean in (0.1, 1.0, 10.0):
+        extra = rng.exponential(mean, len(limited))
+        price = case.price_usd_per_hour.copy()
+        price[limited] += extra
+        cheapest = columns.cheapest(extra)
+        assert columns.pool[cheapest].tolist() == list(range(40))
+        np.testing.assert_allclose(columns.cost(extra)[cheapest], candidates.cost(price).min(1))
+        np.testing.assert_allclose(columns.counts[cheapest] @ price, columns.cost(extra)[cheapest])
+        nearest = columns.nearest(extra, 3)
+        assert (nearest[:, 0] == cheapest).mean() > 0.9  # ties apart
+        assert (np.diff(columns.cost(extra)[nearest], axis=1) >= 0).all()
+
+
+def test_a_pool_that_wants_nothing_gets_nothing_even_where_no_gpu_runs_it() -> None:
+    case = random_fleet(2, 6, with_quotas=True)
+    capacity, demand, minimum = case.capacity.copy(), case.demand.copy(), case.minimum.copy()
+    capacity[3], demand[3], minimum[3] = 0.0, 0.0, 0
+    case = replace(case, capacity=capacity, demand=demand, degraded=0.5 * demand, minimum=minimum)
+    for quota in (case.quota, np.full(8, np.inf)):
+        counts = solve_fast(replace(case, quota=quota)).counts
+        assert counts[3].sum() == 0
+        assert case.violations(counts) == [] or np.isinf(quota).all()
 
 
 def test_a_gpu_that_does_not_run_the_model_is_not_used() -> None:
@@ -126,6 +160,33 @@ def test_what_cannot_be_met_says_what_stands_in_the_way() -> None:
             solve(case)
     with pytest.raises(PlanError, match="negative"):
         replace(case, demand=np.array([1.0, -1.0, 2.0]))
+
+
+@pytest.mark.parametrize(("seed", "zones"), [(0, 2), (1, 3), (2, 3)])
+def test_a_plan_over_zones_survives_the_loss_of_any_zone_and_none_is_cheaper(seed: int, zones: int) -> None:
+    pytest.importorskip("highspy")
+    case = replace(problem(seed, 1, 3, 5.0 + seed, 0.9), zones=zones)
+
+    def survives(counts: np.ndarray) -> bool:
+        per_zone = np.array([spread(int(count), zones) for count in counts])  # [options, zones]
+        left = [case.capacity[0] @ np.delete(per_zone, zone, axis=1).sum(1) for zone in range(zones)]
+        return min(left) >= case.degraded[0] and case.capacity[0] @ counts >= case.demand[0] and counts.sum() >= 1
+
+    best = min(
+        case.usd_per_hour(np.array([flat])) for flat in itertools.product(range(14), repeat=3) if survives(np.array(flat))
+    )
+    exact = solve_exact(case)
+    assert survives(exact.counts[0])
+    assert case.violations(exact.counts) == []
+    assert exact.usd_per_hour == pytest.approx(best)
+    big = -(-case.demand[0] // case.capacity[0, 1])  # just enough of one option, until a zone is lost
+    assert "losing a zone" in " ".join(case.violations(np.array([[0, int(big), 0]])))
+    with pytest.raises(PlanError, match="zones"):
+        solve_fast(case)
+    with pytest.raises(PlanError, match="zones is 0"):
+        replace(case, zones=0)
+    with pytest.raises(PlanError, match="zones is 0"):
+        PlanRules(zones=0)
 
 
 def test_violations_name_each_broken_rule() -> None:

@@ -173,11 +173,28 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "abacus" in capsys.readouterr().err
 
 
-def test_the_shipped_profile_is_readable_and_measured() -> None:
-    profile = Profile.load(Path(str(resources.files("app.cost") / "data" / "profile_demo_w8a16_beam4_cpu.json")))
+def test_a_plan_over_zones_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("highspy")
+    path = tmp_path / "pools.yaml"
+    path.write_text(POOLS)
+    assert main(["plan", str(path), "--gpu", "H100", "--zones", "3", "--degraded", "1.0"]) == 0
+    printed = capsys.readouterr().out
+    assert "zone of 3" in printed
+    assert "  zones 1+1+" in printed
+    assert main(["plan", str(path), "--gpu", "H100", "--zones", "0"]) == 2
+    assert "zones is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(str(resources.files("app.cost") / "data")).glob("profile_*.json")), ids=lambda path: path.stem
+)
+def test_shipped_profiles_are_readable_and_measured(path: Path) -> None:
+    profile = Profile.load(path)
     assert not profile.estimated
     assert profile.errors["tau0_s"] < 0.1 * profile.tau0_s
     assert profile.step_s(32) < profile.step_s(32, 32 * 40)
+    assert profile.step_s(4) < profile.step_s(128)
+    assert profile.capacity_per_s(24, 32, slo_s=10.0) > 0
 
 
 def test_a_plan_is_written_for_deploy_and_drawn(tmp_path: Path) -> None:
