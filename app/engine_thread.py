@@ -1,7 +1,9 @@
 """The thread that steps the engine: asyncio on one side, `submit`, `cancel` and `step` on the other.
 
 The engine is touched by this thread only. A *job* is one call's list of sentences: accepted as a whole or not at all,
-answered as a whole, given up as a whole when its caller goes away.
+answered as a whole, given up as a whole when its caller goes away. Jobs come from asyncio (`translate`) or from sockets that
+this thread itself reads between two steps (app.call_server): a second thread that runs Python would take turns with it at
+the interpreter's lock, and halve the engine's speed.
 """
 
 from __future__ import annotations
@@ -12,10 +14,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Protocol
 
+from app.jobs import Answers, Job, Outbox, Outcome
+from app.poller import Poller
 from engine.types import EngineFullError, EngineStats, RequestError, Translation, TranslationRequest
 
 log = logging.getLogger("ray.serve")
@@ -65,13 +67,6 @@ class Engine(Protocol):
         """Counts right now."""
 
 
-@dataclass(eq=False)
-class _Job:
-    requests: tuple[TranslationRequest, ...]
-    future: Future[tuple[Translation, ...]] = field(default_factory=Future)
-    results: dict[str, Translation] = field(default_factory=dict)
-
-
 class EngineThread:
     """Owns the engine's time. `max_pending`: sentences held, running ones included, before `translate` refuses."""
 
@@ -80,10 +75,13 @@ class EngineThread:
         self.stats = engine.stats()
         self._engine = engine
         self._on_death = on_death
-        self._wake = threading.Condition()
-        self._inbox: collections.deque[_Job] = collections.deque()
-        self._hung_up: collections.deque[_Job] = collections.deque()
-        self._jobs: dict[str, _Job] = {}  # by request_id: what the engine holds
+        self.poller = Poller()
+        self._lock = threading.Lock()
+        self._inbox: collections.deque[Job] = collections.deque()
+        self._hung_up: collections.deque[Job] = collections.deque()
+        self._jobs: dict[str, Job] = {}  # by request_id: what the engine holds
+        self._outboxes: dict[Outbox, None] = {}  # with outcomes of this round of work, in order
+        self._answers: dict[asyncio.AbstractEventLoop, Answers] = {}
         self._num_pending = 0
         self._fault: BaseException | None = None
         self._stopping = False
@@ -102,16 +100,34 @@ class EngineThread:
 
         Raises EngineFullError (queue full), RefusedError (a bad request), EngineDeadError, EngineFailedError.
         """
-        job = _Job(tuple(requests))
-        if not job.requests:
+        if not requests:
             return ()
-        with self._wake:
+        loop = asyncio.get_running_loop()
+        if (answers := self._answers.get(loop)) is None:
+            answers = self._answers[loop] = Answers()
+        job = Job(tuple(requests), answers)
+        self.accept(job)
+        self.poller.wake()
+        try:
+            return await answers.of(job)
+        except asyncio.CancelledError:
+            self.give_up(job)
+            self.poller.wake()
+            raise
+
+    def accept(self, job: Job) -> None:
+        """Take a job, whose outcome goes to its outbox. Raises EngineFullError or EngineDeadError: nothing was started.
+
+        From a thread other than the engine's, wake the poller after it.
+        """
+        with self._lock:
             self._refuse_if_unable(len(job.requests))
             self._num_pending += len(job.requests)
             self._inbox.append(job)
-            self._wake.notify()
-        job.future.add_done_callback(lambda future: self._hang_up(job) if future.cancelled() else None)
-        return await asyncio.wrap_future(job.future)
+
+    def give_up(self, job: Job) -> None:
+        """Forget a job within one engine step; nothing goes to its outbox any more. As for `accept`: wake the poller."""
+        self._hung_up.append(job)
 
     def check(self, stuck_after_s: float) -> None:
         """Raise EngineDeadError when the thread died, one round of work takes longer than `stuck_after_s` seconds, or
@@ -127,12 +143,13 @@ class EngineThread:
 
     def stop(self, drain_s: float) -> bool:
         """Refuse new work, finish what is accepted within `drain_s` seconds, fail the rest. True when all finished."""
-        with self._wake:
+        with self._lock:
             self._stopping = True
-            self._wake.notify()
+        self.poller.wake()
         self._thread.join(drain_s)
         drained = not self._thread.is_alive() and self._fault is None
         self._abandoned = True
+        self.poller.wake()
         self._thread.join(_DRAIN_STEP_S)
         return drained
 
@@ -144,11 +161,6 @@ class EngineThread:
         if self._num_pending + num_sentences > self.max_pending:
             raise EngineFullError(f"{self._num_pending} of {self.max_pending} sentences are pending")
 
-    def _hang_up(self, job: _Job) -> None:
-        with self._wake:
-            self._hung_up.append(job)
-            self._wake.notify()
-
     def _run(self) -> None:
         try:
             while self._wait_for_work():
@@ -159,28 +171,30 @@ class EngineThread:
                     for translation in self._engine.step():
                         self._deliver(translation)
                 self.stats = self._engine.stats()
+                self._hand_over()
                 self._busy_since = None
         except BaseException as error:  # a panic of a native library is no Exception; a silent death would hang every caller
             log.exception("the engine thread died with %d sentences pending", self._num_pending)
-            with self._wake:
+            with self._lock:
                 self._fault = error
             self._fail_all(error)
             if self._on_death is not None:
                 self._on_death()
         else:
             self._fail_all(EngineDeadError("it was stopped"))
+        finally:
+            self.poller.close()
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when the thread should end."""
-        with self._wake:
-            while True:
-                if self._abandoned:
-                    return False
-                if self._inbox or self._hung_up or self._engine.has_work:
-                    return True
-                if self._stopping:
-                    return False
-                self._wake.wait()
+        self.poller.poll(wait=False)  # between two steps
+        while not self._abandoned:
+            if self._inbox or self._hung_up or self._engine.has_work:
+                return True
+            if self._stopping:
+                return False
+            self.poller.poll(wait=True)
+        return False
 
     def _forget_hung_up(self) -> None:
         while self._hung_up:
@@ -194,10 +208,10 @@ class EngineThread:
     def _admit(self) -> None:
         while self._inbox:
             job = self._inbox.popleft()
-            if not job.future.cancelled():  # else its hang-up is, or will be, in _hung_up
+            if not job.is_over:
                 self._submit(job)
 
-    def _submit(self, job: _Job) -> None:
+    def _submit(self, job: Job) -> None:
         self._jobs.update({request.request_id: job for request in job.requests})  # first: a fault below must find the job
         for index, request in enumerate(job.requests):
             try:
@@ -211,37 +225,44 @@ class EngineThread:
                 return self._withdraw(job, index + 1, EngineFailedError(f"the engine failed: {error}"))
         return None
 
-    def _withdraw(self, job: _Job, num_submitted: int, error: Exception) -> None:
+    def _withdraw(self, job: Job, num_submitted: int, error: Exception) -> None:
         for index, request in enumerate(job.requests):
             del self._jobs[request.request_id]
             if index < num_submitted:
                 self._engine.cancel(request.request_id)
-        self._fail(job, error)
+        self._end(job, error)
 
     def _deliver(self, translation: Translation) -> None:
         job = self._jobs.pop(translation.request_id, None)
         if job is None:  # cancelled meanwhile
             return
         job.results[translation.request_id] = translation
-        if len(job.results) == len(job.requests) and job.future.set_running_or_notify_cancel():
-            self._release(job)
-            job.future.set_result(tuple(job.results[request.request_id] for request in job.requests))
+        if len(job.results) == len(job.requests):
+            self._end(job, job.outcome())
 
-    def _fail(self, job: _Job, error: BaseException) -> None:
-        if job.future.set_running_or_notify_cancel():
+    def _end(self, job: Job, outcome: Outcome) -> None:
+        if not job.is_over:
             self._release(job)
-            job.future.set_exception(error)
+            job.outbox.put(job, outcome)
+            self._outboxes[job.outbox] = None
 
-    def _release(self, job: _Job) -> None:
-        with self._wake:
-            self._num_pending -= len(job.requests)
+    def _release(self, job: Job) -> None:
+        if not job.is_over:
+            job.is_over = True
+            with self._lock:
+                self._num_pending -= len(job.requests)
+
+    def _hand_over(self) -> None:
+        outboxes, self._outboxes = self._outboxes, {}
+        for outbox in outboxes:
+            outbox.send()
 
     def _fail_all(self, error: BaseException) -> None:
         """Fail every job; nothing new arrives any more."""
-        with self._wake:
+        with self._lock:
             jobs = {*self._inbox, *self._jobs.values()}
             self._inbox.clear()
             self._jobs.clear()
         for job in jobs:
-            if not job.future.done():
-                self._fail(job, EngineFailedError(f"the engine failed: {error}"))
+            self._end(job, EngineFailedError(f"the engine failed: {error}"))
+        self._hand_over()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi_offline import FastAPIOffline
@@ -15,6 +15,7 @@ from ray import serve
 from starlette.exceptions import HTTPException
 
 from app.errors import ServiceError, code_of_status
+from app.json_route import json_route
 from app.metrics import IngressMetrics
 from app.middleware import BodyLimit, Cors, RequestContext, error_response
 from app.pools import RayPool, ReplicaStatus
@@ -116,24 +117,9 @@ def _field_name(location: Sequence[Any]) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-async def _require_json(request: Request) -> None:
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json" and not (media_type.startswith("application/") and media_type.endswith("+json")):
-        raise ServiceError(
-            "unsupported_media_type", f"send the body with Content-Type: application/json, not {media_type or 'none'}"
-        )
-
-
 def _add_translation_routes(api: FastAPI, service: TranslationService, metrics: IngressMetrics) -> None:
     errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in _ERROR_STATUSES}
 
-    @api.post(
-        "/v1/translate",
-        response_model_exclude_unset=True,
-        responses=errors,
-        dependencies=[Depends(_require_json)],
-        summary="Translate texts",
-    )
     async def translate(body: TranslateBody, request: Request, response: Response) -> TranslateAnswer:
         started = time.perf_counter()
         with span("translate", request_id=request.state.request_id, texts=len(body.texts)) as current:
@@ -143,6 +129,15 @@ def _add_translation_routes(api: FastAPI, service: TranslationService, metrics: 
         metrics.translated(answer.pool, answer.source_lang, answer.target_lang, len(body.texts), num_characters)
         response.headers["Server-Timing"] = _server_timing(answer, (time.perf_counter() - started) * 1000)
         return answer
+
+    api.router.add_api_route(
+        "/v1/translate",
+        translate,
+        methods=["POST"],
+        responses=errors,
+        summary="Translate texts",
+        route_class_override=json_route(TranslateBody),
+    )
 
     @api.get("/v1/languages", responses=errors, summary="Languages and pools")
     async def languages() -> LanguagesAnswer:
@@ -256,7 +251,8 @@ class Ingress:
         retry_after_s = settings.http.retry_after_s
         self._metrics = IngressMetrics()
         clients = {
-            name: RayPool(name, handle, retry_after_s, on_lost=self._metrics.replica_lost) for name, handle in pools.items()
+            name: RayPool(name, handle, retry_after_s, direct=settings.direct_calls, on_lost=self._metrics.replica_lost)
+            for name, handle in pools.items()
         }
         self._service = TranslationService(settings, clients)
 

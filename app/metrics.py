@@ -6,8 +6,9 @@ application, deployment and replica. Durations are in seconds; counters end in `
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from engine.types import EngineStats, Translation, TranslationRequest
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _PAIR = ("pool", "src_lang", "tgt_lang")
+_FLUSH_S = 0.25  # Ray's exporter itself reports every 2 s or more
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,49 +102,94 @@ AUTOSCALING_METRICS: Mapping[str, MetricSpec] = {
 }
 
 
+class Soon:
+    """Runs `action` a little later in a thread of its own, once for all requests until then. Any thread may ask."""
+
+    def __init__(self, action: Callable[[], None], delay_s: float = _FLUSH_S) -> None:
+        self._action = action
+        self._delay_s = delay_s
+        self._is_due = False
+
+    def request(self) -> None:
+        """Have it run."""
+        if not self._is_due:
+            self._is_due = True
+            timer = threading.Timer(self._delay_s, self._run)
+            timer.daemon = True
+            timer.start()
+
+    def _run(self) -> None:
+        self._is_due = False  # first: what is asked for while it runs is for the next time
+        self._action()
+
+
+class _Counts:
+    """Adds increments up and gives Ray the sums now and then: its own increments cost microseconds, several a sentence."""
+
+    def __init__(self, specs: Mapping[str, MetricSpec], live: Mapping[str, Any]) -> None:
+        self._specs = specs
+        self._live = live
+        self._sums: dict[tuple[str, ...], float] = {}  # by metric and values of its labels
+        self._lock = threading.Lock()
+        self._soon = Soon(self.flush)
+
+    def add(self, metric: str, amount: float, *labels: str) -> None:
+        """Count; labels in the order of the spec."""
+        place = (metric, *labels)
+        with self._lock:
+            self._sums[place] = self._sums.get(place, 0) + amount
+        self._soon.request()
+
+    def flush(self) -> None:
+        """Hand over what has been counted."""
+        with self._lock:
+            sums, self._sums = self._sums, {}
+        for (metric, *labels), amount in sums.items():
+            if amount:
+                self._live[metric].inc(amount, tags=dict(zip(self._specs[metric].labels, labels, strict=True)))
+
+
 class IngressMetrics:
     """What the ingress records."""
 
     def __init__(self) -> None:
         self._live = {key: spec.create() for key, spec in INGRESS_METRICS.items()}
+        self._counts = _Counts(INGRESS_METRICS, self._live)
 
     def answered(self, route: str, status: int, seconds: float, error_code: str | None) -> None:
         """One HTTP answer left."""
-        self._live["requests"].inc(1, tags={"route": route, "status": str(status)})
+        self._counts.add("requests", 1, route, str(status))
         self._live["request_seconds"].observe(seconds, tags={"route": route})
         if error_code is not None:
-            self._live["errors"].inc(1, tags={"code": error_code})
+            self._counts.add("errors", 1, error_code)
 
     def replica_lost(self, pool: str, reason: str) -> None:
         """A replica went away with a call; reason is the name of Ray's error."""
-        self._live["lost_calls"].inc(1, tags={"pool": pool, "reason": reason})
+        self._counts.add("lost_calls", 1, pool, reason)
 
     def translated(self, pool: str, src_lang: str, tgt_lang: str, num_texts: int, num_characters: int) -> None:
         """One translate request succeeded."""
         self._live["texts"].observe(num_texts, tags={"pool": pool})
-        if num_characters:
-            self._live["characters"].inc(num_characters, tags={"pool": pool, "src_lang": src_lang, "tgt_lang": tgt_lang})
+        self._counts.add("characters", num_characters, pool, src_lang, tgt_lang)
 
 
 class PoolMetrics:
     """What a replica records."""
 
     def __init__(self, pool: str) -> None:
+        self._name = pool
         self._pool = {"pool": pool}
         self._live = {key: spec.create() for key, spec in POOL_METRICS.items()}
+        self._counts = _Counts(POOL_METRICS, self._live)
         self._counted = dict.fromkeys(_ENGINE_COUNTS, 0)
         self._paid_until_s = time.monotonic()
 
     def finished(self, request: TranslationRequest, translation: Translation) -> None:
         """One sentence left the engine."""
-        pair = {**self._pool, "src_lang": request.src_lang, "tgt_lang": request.tgt_lang}
-        self._live["sentences"].inc(1, tags={**self._pool, "finish_reason": translation.finish_reason.value})
-        for key, count in (
-            ("source_tokens", translation.num_source_tokens),
-            ("target_tokens", translation.num_target_tokens),
-        ):
-            if count:
-                self._live[key].inc(count, tags=pair)
+        pair = (self._name, request.src_lang, request.tgt_lang)
+        self._counts.add("sentences", 1, self._name, translation.finish_reason.value)
+        self._counts.add("source_tokens", translation.num_source_tokens, *pair)
+        self._counts.add("target_tokens", translation.num_target_tokens, *pair)
         for key, seconds in (
             ("queue_seconds", translation.timings.queue_s),
             ("encode_seconds", translation.timings.encode_s),
@@ -152,11 +199,11 @@ class PoolMetrics:
 
     def rejected(self, reason: str) -> None:
         """One call was refused; reason `busy` or the code of the RequestError."""
-        self._live["rejections"].inc(1, tags={**self._pool, "reason": reason})
+        self._counts.add("rejections", 1, self._name, reason)
 
     def cancelled(self, num_sentences: int) -> None:
         """A caller with this many sentences went away."""
-        self._live["cancelled"].inc(num_sentences, tags=self._pool)
+        self._counts.add("cancelled", num_sentences, self._name)
 
     def level(self, stats: EngineStats, num_pending: int) -> None:
         """Counts right now, and what the engine did since the last call."""
@@ -169,8 +216,7 @@ class PoolMetrics:
             self._live[key].set(value, tags=self._pool)
         for key, field in _ENGINE_COUNTS.items():
             count = getattr(stats, field)
-            if count > self._counted[key]:
-                self._live[key].inc(count - self._counted[key], tags=self._pool)
+            self._counts.add(key, count - self._counted[key], self._name)
             self._counted[key] = count
 
     def memory(self, plan: MemoryPlan) -> None:
@@ -180,6 +226,8 @@ class PoolMetrics:
             ("rest", plan.rest_bytes),
             ("layout_copies", plan.layout_copies_bytes),
             ("kv_cache", plan.kv_cache_bytes),
+            ("workspace", plan.workspace_bytes),
+            ("driver", plan.driver_bytes),
         ):
             self._live["memory"].set(size, tags={**self._pool, "part": part})
 

@@ -1,8 +1,4 @@
-"""Pools as the ingress sees them: what crosses the wire, and the client that calls replicas.
-
-A list of `TranslationRequest` goes out, one of the small records below comes back. "Busy" and "refused" are values: cheap
-to send and not errors of the replica.
-"""
+"""Pools as the ingress sees them, and the client that calls their replicas: by Serve's handle, or on a direct connection."""
 
 from __future__ import annotations
 
@@ -25,8 +21,11 @@ from ray.exceptions import (
 from ray.exceptions import OutOfMemoryError as NodeOutOfMemoryError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
+from app.call_client import Link, Links, ReplicaGoneError
 from app.errors import ServiceError
-from engine.types import EngineStats, Translation, TranslationRequest
+from app.tracing import carrier
+from app.wire import Busy, TranslateReply
+from engine.types import EngineStats, TranslationRequest
 
 log = logging.getLogger("ray.serve")
 
@@ -46,38 +45,8 @@ LOST_REPLICA_ERRORS: tuple[type[Exception], ...] = (
     ActorPlacementGroupRemoved,
     RpcError,
     ReplicaUnavailableError,
+    ReplicaGoneError,  # ours, of a direct connection
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Translated:
-    """Results in the order of the requests."""
-
-    translations: tuple[Translation, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Busy:
-    """The replica's queue is full; nothing was started."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The engine cannot serve request `index`; nothing was started. `code` as in engine.types.RequestError."""
-
-    index: int
-    code: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The engine broke down; the replica is about to be replaced."""
-
-    message: str
-
-
-TranslateReply = Translated | Busy | Refused | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,42 +73,56 @@ class Pool(Protocol):
 class RayPool:
     """A pool behind a Ray Serve handle.
 
-    on_lost(pool, error name) is called for every call whose replica was lost.
+    direct: call replicas on connections of our own (app.call_client), by Serve's handle while there is none. on_lost(pool,
+    error name) is called for every call whose replica was lost.
     """
 
     def __init__(
-        self, name: str, handle: Any, retry_after_s: int = 1, *, on_lost: Callable[[str, str], None] | None = None
+        self,
+        name: str,
+        handle: Any,
+        retry_after_s: int = 1,
+        *,
+        direct: bool = False,
+        on_lost: Callable[[str, str], None] | None = None,
     ) -> None:
         self._name = name
         self._handle = handle
+        self._links = Links(name, handle) if direct else None
         self._retry_after_s = retry_after_s
         self._on_lost = on_lost
 
     async def translate(self, requests: Sequence[TranslationRequest], budget_s: float) -> TranslateReply:
-        """One handle call for the whole list; once more elsewhere when the replica was lost.
+        """One call for the whole list; once more elsewhere when the replica was lost.
 
         Failed is not tried again: a sentence that breaks an engine would break a second one.
         """
         deadline = time.monotonic() + budget_s
         for attempt in range(_MAX_ATTEMPTS):
             try:
-                return await self._call(requests, deadline - time.monotonic())
+                return await self._call(requests, max(0.001, deadline - time.monotonic()))
             except LOST_REPLICA_ERRORS as error:
                 reason = type(error).__name__
                 log.warning("pool %s: replica lost in attempt %d: %s", self._name, attempt + 1, reason)
                 if self._on_lost is not None:
                     self._on_lost(self._name, reason)
+            except TimeoutError:
+                raise ServiceError("deadline_exceeded", "the time budget of the request ran out") from None
         raise self._unavailable("its replicas died while translating")
 
     async def _call(self, requests: Sequence[TranslationRequest], remaining_s: float) -> TranslateReply:
+        link: Link | None = self._links.least_loaded() if self._links is not None else None
+        if link is None:
+            return await self._call_handle(requests, remaining_s)
+        async with asyncio.timeout(remaining_s):
+            return await link.call(requests, carrier())
+
+    async def _call_handle(self, requests: Sequence[TranslationRequest], remaining_s: float) -> TranslateReply:
         response = self._handle.translate.remote(list(requests))
         try:
-            reply: TranslateReply = await asyncio.wait_for(response, max(0.001, remaining_s))
-        except TimeoutError:
+            reply: TranslateReply = await asyncio.wait_for(response, remaining_s)
+        except (TimeoutError, asyncio.CancelledError):
             response.cancel()  # wait_for alone would leave the replica working
-            raise ServiceError("deadline_exceeded", "the time budget of the request ran out") from None
-        except asyncio.CancelledError:
-            response.cancel()
             raise
         except BackPressureError:
             return Busy()

@@ -5,20 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from app.autoscaling.feed import OFFERED, UPTIME, WAITING
+from app.call_server import CallServer, DirectJob
 from app.engine_thread import Engine, EngineDeadError, EngineFailedError, EngineThread, RefusedError
-from app.metrics import PoolMetrics
-from app.pools import Busy, Failed, Refused, ReplicaStatus, Translated, TranslateReply
+from app.jobs import Outcome
+from app.metrics import PoolMetrics, Soon
+from app.pools import ReplicaStatus
 from app.settings import PoolSettings, PoolTuning
-from app.tracing import record_sentences, span
+from app.tracing import past_span, record_sentences, span
+from app.wire import Busy, CallAddress, Failed, Refused, Translated, TranslateReply
 from engine.accounting import plan_memory
 from engine.config import EngineConfig, ModelConfig
 from engine.types import EngineFullError, TranslationRequest
@@ -26,12 +32,18 @@ from engine.types import EngineFullError, TranslationRequest
 log = logging.getLogger("ray.serve")
 
 _DRAIN_S = 30.0
+_SWITCH_INTERVAL_S = 0.0005  # with Python's 5 ms the engine thread waits ten decode steps for another to let go
 _EXIT_DELAY_S = 0.5  # long enough for the failed calls to be answered
 
 
 def exit_soon() -> None:
     """End this process shortly: a replica whose engine died must not stay a fast, empty-queued magnet for requests."""
     threading.Timer(_EXIT_DELAY_S, os._exit, args=(1,)).start()
+
+
+def _node_address() -> str:
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
 
 
 # The queue is the engine's own, bounded and counted in sentences: Serve must never become the queue, because its router
@@ -50,8 +62,11 @@ def exit_soon() -> None:
 class Replica:
     """One Translator, the thread that steps it, and the numbers that autoscaling and people read."""
 
+    _is_wound_up = True  # until there is an engine thread to end
+
     def __init__(self, pool: str, settings: PoolSettings) -> None:
         config = settings.engine_config()
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         logging.getLogger("engine").parent = log  # the engine's warnings go where Serve's go, in the same format
         self._pool = pool
         self._device = config.device
@@ -63,15 +78,22 @@ class Replica:
         translator = self._load(checkpoint, config)
         self._languages = translator.languages
         self._thread = EngineThread(translator, max_pending=self._default_max_pending, on_death=exit_soon)
+        self._is_wound_up = False
+        self._direct = CallServer(
+            self._thread, offered=self._came_directly, reply=self._reply_direct, given_up=self._given_up
+        )
+        self._counting = threading.Lock()  # the engine thread, the event loop and a timer count
         self._ready_at_s = time.monotonic()
         self._num_offered = 0  # sentences since then, refused ones included
         self._rate = (time.monotonic(), 0, 0.0)  # last sample time, target tokens since then, tokens per second
         self._metrics.memory(plan_memory(ModelConfig.from_checkpoint(checkpoint), config))
+        self._levels_soon = Soon(self._record_levels)
         self._record_levels()
 
     def _record_levels(self) -> None:
-        self._metrics.level(self._thread.stats, self._thread.num_pending)
-        self._metrics.paid(self._tuning.usd_per_hour)
+        with self._counting:
+            self._metrics.level(self._thread.stats, self._thread.num_pending)
+            self._metrics.paid(self._tuning.usd_per_hour)
 
     def _load(self, checkpoint: Path, config: EngineConfig) -> Engine:
         from engine.translator import Translator  # loads torch: replicas only
@@ -83,7 +105,8 @@ class Replica:
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply PoolTuning in place. Serve may call this again with the same values."""
-        self._metrics.paid(self._tuning.usd_per_hour)  # up to now at the old price
+        with self._counting:
+            self._metrics.paid(self._tuning.usd_per_hour)  # up to now at the old price
         self._tuning = PoolTuning.model_validate(user_config)
         self._thread.max_pending = self._tuning.max_pending or self._default_max_pending
 
@@ -91,35 +114,69 @@ class Replica:
         """Translate one HTTP request's sentences; full, bad and dead are answers, not exceptions."""
         with span("replica.translate", pool=self._pool, sentences=len(requests)) as current:
             started_at_s = time.time()
-            self._num_offered += len(requests)
+            self._count(len(requests), 0)
             reply = await self._translate(requests)
             if isinstance(reply, Translated):
                 record_sentences(current, reply.translations, started_at_s)
         return reply
 
     async def _translate(self, requests: list[TranslationRequest]) -> TranslateReply:
+        outcome: Outcome
         try:
-            translations = await self._thread.translate(requests)
-        except EngineFullError:
-            self._metrics.rejected("busy")
-            return Busy()
-        except RefusedError as refused:
-            self._metrics.rejected(refused.error.code)
-            return Refused(refused.index, refused.error.code, refused.error.message)
-        except EngineFailedError as error:
-            return Failed(str(error))
+            outcome = await self._thread.translate(requests)
+        except (EngineFullError, RefusedError, EngineFailedError) as error:
+            outcome = error
         except EngineDeadError as error:
             await asyncio.sleep(_EXIT_DELAY_S)  # the process ends meanwhile, and the ingress asks another replica
-            return Failed(str(error))
+            outcome = error
         except asyncio.CancelledError:
             self._metrics.cancelled(len(requests))
             raise
-        for request, translation in zip(requests, translations, strict=True):
-            self._metrics.finished(request, translation)
-        sampled_at, tokens, per_s = self._rate
-        self._rate = (sampled_at, tokens + sum(t.num_target_tokens for t in translations), per_s)
-        self._record_levels()
-        return Translated(translations)
+        return self._reply(requests, outcome)
+
+    def _came_directly(self, job: DirectJob) -> None:
+        self._count(len(job.requests), 0)
+
+    def _given_up(self, job: DirectJob) -> None:
+        self._metrics.cancelled(len(job.requests))
+
+    def _reply_direct(self, job: DirectJob, outcome: Outcome) -> TranslateReply:
+        """As translate, for a call that did not come by Serve; in the engine thread."""
+        reply = self._reply(job.requests, outcome)
+        current = past_span("replica.translate", job.trace, job.started_at_s, pool=self._pool, sentences=len(job.requests))
+        if isinstance(reply, Translated):
+            record_sentences(current, reply.translations, job.started_at_s)
+        current.end()
+        return reply
+
+    def _reply(self, requests: Sequence[TranslationRequest], outcome: Outcome) -> TranslateReply:
+        """The answer to a call, which is counted."""
+        self._levels_soon.request()
+        if isinstance(outcome, tuple):
+            for request, translation in zip(requests, outcome, strict=True):
+                self._metrics.finished(request, translation)
+            self._count(0, sum(translation.num_target_tokens for translation in outcome))
+            return Translated(outcome)
+        match outcome:
+            case EngineFullError():
+                self._metrics.rejected("busy")
+                return Busy()
+            case RefusedError(index=index, error=error):
+                self._metrics.rejected(error.code)
+                return Refused(index, error.code, error.message)
+            case _:
+                return Failed(str(outcome))
+
+    def _count(self, num_offered: int, num_tokens: int) -> None:
+        with self._counting:
+            self._num_offered += num_offered
+            sampled_at, tokens, per_s = self._rate
+            self._rate = (sampled_at, tokens + num_tokens, per_s)
+
+    async def call_address(self) -> CallAddress:
+        """Where direct calls go. Raises EngineDeadError when none should come."""
+        self._thread.check(self._tuning.stuck_after_s)
+        return self._direct.address(self._replica_id(), _node_address())
 
     async def status(self) -> ReplicaStatus:
         """Languages and counts of this replica. Raises EngineDeadError when it should not be counted as alive."""
@@ -139,10 +196,11 @@ class Replica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Load of this replica for an autoscaling policy: sentences, rows, target tokens per second since the last call."""
-        sampled_at, tokens, _ = self._rate
-        now = time.monotonic()
-        per_s = tokens / max(now - sampled_at, 1e-3)
-        self._rate = (now, 0, per_s)
+        with self._counting:
+            sampled_at, tokens, _ = self._rate
+            now = time.monotonic()
+            per_s = tokens / max(now - sampled_at, 1e-3)
+            self._rate = (now, 0, per_s)
         stats = self._thread.stats
         self._record_levels()
         return {
@@ -156,6 +214,9 @@ class Replica:
         }
 
     def __del__(self) -> None:
-        """Serve calls this after the last ongoing request, at a graceful stop."""
-        if (thread := getattr(self, "_thread", None)) is not None:  # absent when __init__ failed
-            thread.stop(drain_s=_DRAIN_S)
+        """Serve calls this at a graceful stop, after the last ongoing request that it knows of."""
+        if self._is_wound_up:  # by Serve: now it is Python that deletes
+            return
+        self._is_wound_up = True
+        self._direct.stop_taking_calls()
+        self._thread.stop(drain_s=_DRAIN_S)

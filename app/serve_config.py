@@ -71,6 +71,10 @@ def _inner_model(annotation: Any) -> type[BaseModel] | None:
     return next((found for part in typing.get_args(annotation) if (found := _inner_model(part))), None)
 
 
+def _is_scaled(autoscaling: Any) -> bool:
+    return isinstance(autoscaling, dict) and autoscaling.get("min_replicas", 1) != autoscaling.get("max_replicas", 1)
+
+
 def _deployment_problems(config: ServeDeploySchema) -> list[str]:
     """What Serve would notice late or never: autoscaling values, our own args, deployments that the app does not have."""
     problems = []
@@ -86,7 +90,15 @@ def _deployment_problems(config: ServeDeploySchema) -> list[str]:
                 f"the policy plans {name!r}, which has no autoscaling_config" for name in planned if name not in scaled
             ]
         if application.import_path == OUR_IMPORT_PATH:
-            pools = ServiceSettings.model_validate(application.args).pools
+            settings = ServiceSettings.model_validate(application.args)
+            pools = settings.pools
+            if settings.direct_calls and not policy:
+                problems += [
+                    f"pool {deployment.name!r} is scaled by Serve's own count of calls, which args.direct_calls: true hides "
+                    f"from it; set direct_calls: false, min_replicas = max_replicas, or autoscaling_policy {POLICY_PATH}"
+                    for deployment in application.deployments
+                    if deployment.name in pools and _is_scaled(deployment.autoscaling_config)
+                ]
             problems += [
                 f"deployment {deployment.name!r} is neither the ingress nor a pool ({', '.join(pools)})"
                 for deployment in application.deployments

@@ -140,10 +140,15 @@ class HttpLimits(_Strict):
 
 
 class ServiceSettings(_Strict):
-    """Everything under `args:` of the application in the Serve YAML; unknown keys are errors."""
+    """Everything under `args:` of the application in the Serve YAML; unknown keys are errors.
+
+    direct_calls: the ingress calls replicas on connections of its own (app.wire), about ten times cheaper for the replica's
+    process than Serve's handles. Serve's own autoscaling, which counts calls that its handles make, then sees an idle pool.
+    """
 
     pools: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")], PoolSettings], Field(min_length=1)]
     http: HttpLimits = HttpLimits()
+    direct_calls: bool = False
     default_beam_size: Annotated[int, Field(ge=1, le=8)] = 4
 
     @model_validator(mode="after")

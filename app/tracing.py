@@ -7,11 +7,11 @@ request ids, never a text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from opentelemetry import trace
+from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, set_span_in_context
 
 from engine.types import Translation
@@ -20,11 +20,34 @@ MAX_TRACED_SENTENCES = 16  # of one request: a request may hold hundreds
 _tracer = trace.get_tracer("babelephant")  # of whatever provider the process gets later
 
 
+def _is_off() -> bool:
+    """True while nobody set a tracer provider: the API's own no-op spans cost more than a whole sentence's metrics."""
+    return isinstance(_tracer, trace.ProxyTracer) and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+
+
 @contextmanager
 def span(name: str, **attributes: str | int) -> Iterator[Span]:
     """A span around a block, child of the current one; without tracing it records nothing."""
+    if _is_off():
+        yield trace.INVALID_SPAN
+        return
     with _tracer.start_as_current_span(name, attributes=attributes) as current:
         yield current
+
+
+def past_span(name: str, parent: Mapping[str, str], started_at_s: float, **attributes: str | int) -> Span:
+    """A span that began at `started_at_s` (epoch seconds) under a `carrier` from another process; `end` it."""
+    if not parent or _is_off():
+        return trace.INVALID_SPAN
+    return _tracer.start_span(name, propagate.extract(parent), attributes=attributes, start_time=int(started_at_s * 1e9))
+
+
+def carrier() -> dict[str, str]:
+    """The current span in a form that may travel; empty without tracing."""
+    headers: dict[str, str] = {}
+    if not _is_off():
+        propagate.inject(headers)
+    return headers
 
 
 def record_sentences(parent: Span, translations: Sequence[Translation], started_at_s: float) -> None:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.errors import ServiceError
-from app.pools import Busy, Failed, Pools, Refused, ReplicaStatus, TranslateReply
+from app.pools import Pools, ReplicaStatus
 from app.routing import LanguagePair, UnsupportedPairError
 from app.schemas import HypothesisBody, TimingsBody, TranslateAnswer, TranslateBody, TranslationBody
 from app.settings import HttpLimits, ServiceSettings
 from app.text.languages import UnknownLanguageError, resolve_language
 from app.text.lines import Line, join_lines, split_lines
+from app.wire import Busy, Failed, Refused, TranslateReply
 from engine.types import FinishReason, RequestError, SearchOptions, Translation, TranslationRequest
 
 _SEARCH_FIELDS = ("length_penalty", "max_target_tokens", "early_stopping", "no_repeat_ngram_size", "num_hypotheses")
@@ -35,6 +36,7 @@ class TranslationService:
         self.settings = settings
         self.pools = pools
         self._router = settings.router()
+        self._model_names = {name: pool.model_name for name, pool in settings.pools.items()}  # looks at the file system
         self._languages: dict[str, tuple[str, ...]] = {}
 
     async def translate(self, body: TranslateBody, request_id: str) -> TranslateAnswer:
@@ -76,7 +78,7 @@ class TranslationService:
             source_lang=pair.src_lang,
             target_lang=pair.tgt_lang,
             pool=pool,
-            model=self.settings.pools[pool].model_name,
+            model=self._model_names[pool],
             request_id=request_id,
         )
 

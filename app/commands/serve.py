@@ -35,9 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address to listen on (default: the YAML's, 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the YAML's, 8000)")
     parser.add_argument(
-        "--fast-proxy",
-        action="store_true",
-        help="HAProxy in front: 3-4 times the requests per second, but it may miss a client that hangs up",
+        "--proxy",
+        choices=("auto", "haproxy", "python"),
+        default="auto",
+        help="what stands in front: HAProxy where it is installed (auto), or Ray Serve's own, which is several times slower",
     )
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="give up after S seconds (default: 600)")
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     stop = threading.Event()
     try:
-        prepare_environment(fast_proxy=args.fast_proxy)
+        prepare_environment(proxy=args.proxy)
         from app.serve_config import load_serve_config
 
         config = load_serve_config(args.config or resolve_checkpoint(_DEFAULT_CONFIG), host=args.host, port=args.port)

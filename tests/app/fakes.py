@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import ServiceError
-from app.pools import ReplicaStatus, TranslateReply
+from app.pools import ReplicaStatus
 from app.replica import Replica
 from app.settings import PoolSettings
+from app.wire import TranslateReply
 from engine.config import EngineConfig
 from engine.types import (
     EngineFullError,

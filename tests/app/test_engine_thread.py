@@ -40,6 +40,27 @@ def test_results_keep_the_order_of_requests_and_only_one_thread_touches_the_engi
     run(scenario)
 
 
+def test_what_ends_in_one_step_wakes_the_loop_once() -> None:
+    async def scenario() -> None:
+        engine = FakeTranslator(max_rows=50, max_waiting=50)
+        engine.gate.clear()
+        thread = EngineThread(engine, max_pending=50)
+        first = asyncio.create_task(thread.translate(requests("a b")))
+        await eventually(lambda: engine.has_work)  # the thread is inside the first step
+        jobs = [asyncio.create_task(thread.translate(requests("a", prefix=f"{j}-"))) for j in range(20)]
+        await eventually(lambda: thread.num_pending == 21)
+        loop = asyncio.get_running_loop()
+        wake_ups = []
+        wake = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *args: (wake_ups.append(args), wake(*args))  # type: ignore[method-assign,assignment,misc,return-value]
+        engine.gate.set()
+        assert [t[0].text for t in await asyncio.gather(first, *jobs)] == ["A B"] + ["A"] * 20
+        assert len(wake_ups) == 1
+        thread.stop(5)
+
+    run(scenario)
+
+
 def test_event_loop_stays_free_while_the_engine_is_in_a_step() -> None:
     async def scenario() -> None:
         engine = FakeTranslator()
@@ -169,7 +190,7 @@ def test_engine_fault_fails_everybody_and_the_health_check() -> None:
             await thread.translate(requests("late comer"))
         with pytest.raises(EngineDeadError, match="device lost"):
             thread.check(stuck_after_s=60)
-        assert died.is_set()
+        await eventually(died.is_set)
 
     run(scenario)
 

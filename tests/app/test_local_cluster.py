@@ -3,6 +3,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -52,16 +55,42 @@ def test_every_cluster_gets_its_own_token_and_what_is_set_stays(monkeypatch: pyt
     assert os.environ["RAY_AUTH_TOKEN"] != first
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1"
-    assert "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ
 
 
-def test_fast_proxy_takes_three_ports_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_haproxy_takes_three_ports_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     monkeypatch.setattr("os.environ", environment)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    prepare_environment(fast_proxy=True)
+    prepare_environment(proxy="python")
+    assert "RAY_SERVE_ENABLE_HA_PROXY" not in environment
+    prepare_environment()  # ray[serve] has brought it
     assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
     assert len({value for key, value in environment.items() if key.endswith("_PORT") and key.startswith("RAY_")}) == 3
+
+
+def test_without_haproxy_serves_own_proxy_stands_in_front(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    monkeypatch.setattr("os.environ", environment)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(LocalClusterError, match="--fast-proxy"):
-        prepare_environment(fast_proxy=True)
+    prepare_environment()
+    assert "RAY_SERVE_ENABLE_HA_PROXY" not in environment
+    with pytest.raises(LocalClusterError, match="--proxy python"):
+        prepare_environment(proxy="haproxy")
+
+
+def test_haproxy_starts_without_fast_forwarding_and_shows_its_pages_here_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    prepare_environment(proxy="haproxy")
+    script = Path(os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    assert stat.S_IMODE(script.parent.stat().st_mode) == 0o700
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(
+        "global\n  maxconn 10\ndefaults\n  mode http\n  timeout connect 1s\n  timeout client 1s\n  timeout server 1s\n"
+        "frontend pages\n  bind :18123\nfrontend ours\n  bind 0.0.0.0:18124\nlisten stats\n  bind *:18125\n  stats enable\n"
+    )
+    done = subprocess.run([script, "-c", "-f", config], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr  # the real HAProxy finds the file good
+    binds = [line.split()[1] for line in config.read_text().splitlines() if "bind" in line]
+    assert binds == ["127.0.0.1:18123", "0.0.0.0:18124", "127.0.0.1:18125"]
+    assert " -dF " in script.read_text()

@@ -12,7 +12,8 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from app.errors import ServiceError
-from app.pools import LOST_REPLICA_ERRORS, Busy, Failed, RayPool, ReplicaStatus, Translated
+from app.pools import LOST_REPLICA_ERRORS, RayPool, ReplicaStatus
+from app.wire import Busy, Failed, Translated
 from engine.types import TranslationRequest
 from tests.app.fakes import LANGUAGES, FakeTranslator
 

@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from app.engine_thread import EngineDeadError
-from app.pools import Busy, Failed, Refused, Translated
 from app.settings import PoolSettings
+from app.wire import Busy, Failed, Refused, Translated
 from engine.types import TranslationRequest
 from tests.app.fakes import LANGUAGES, FakeTranslator, LocalReplica
 

@@ -51,6 +51,13 @@ def test_shipped_configs_are_valid_and_build(path: Path) -> None:
         (lambda raw, app, deployments: deployments["demo"].update(name="dmeo"), "'dmeo' is neither the ingress nor a pool"),
         (lambda raw, app, deployments: deployments["demo"].update(user_config={"stuck": 1}), "stuck"),
         (lambda raw, app, deployments: app["args"]["pools"]["demo"].update(precison="bf16"), "precison"),
+        (
+            lambda raw, app, deployments: (
+                app["args"].update(direct_calls=True),
+                deployments["demo"]["autoscaling_config"].update(max_replicas=2),
+            ),
+            "pool 'demo' is scaled by Serve's own count of calls, which args.direct_calls: true hides",
+        ),
     ],
 )
 def test_mistakes_are_found_before_ray_starts(tmp_path: Path, change: Any, problem: str) -> None:

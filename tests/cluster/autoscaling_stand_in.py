@@ -15,9 +15,9 @@ from ray.serve import Application
 
 from app.autoscaling.feed import OFFERED, UPTIME
 from app.ingress import Ingress
-from app.pools import TranslateReply
 from app.replica import Replica
 from app.settings import INGRESS_NAME, PoolSettings, ServiceSettings
+from app.wire import TranslateReply
 from engine.config import EngineConfig
 from engine.types import TranslationRequest
 from tests.app.fakes import FakeTranslator

@@ -22,7 +22,7 @@ def ray_environment() -> Iterator[str]:
     before = dict(os.environ)
     for name in [name for name in os.environ if name.startswith(("RAY_", "BABELEPHANT_"))]:
         del os.environ[name]
-    prepare_environment()
+    prepare_environment(proxy="python")
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     yield os.environ["RAY_AUTH_TOKEN"]
     os.environ.clear()

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from app.autoscaling.feed import OFFERED, UPTIME, WAITING
-from app.pools import Busy, Translated
 from app.settings import PoolSettings, PoolTuning
+from app.wire import Busy, Translated
 from engine.types import TranslationRequest
 from tests.app.fakes import FakeTranslator, LocalReplica
 
