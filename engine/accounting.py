@@ -19,6 +19,8 @@ from engine.config import PRECISIONS, EngineConfig, ModelConfig, QuantScheme
 Stack = Literal["encoder", "decoder"]
 _ACTIVE_EXPERTS = 2
 _SCALE_BYTES = 2
+_LIBRARY_WORKSPACE_BYTES = 64 << 20  # cuBLAS keeps 32 MiB a stream on Hopper: one captures passes, one sets up
+_DRIVER_BYTES = 1550 << 20  # H100, CUDA 13: 606 MiB of context, the rest code and 64 captured passes
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNQUANTIZED_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -55,17 +57,22 @@ class MemoryPlan:
 
     experts_bytes: expert matrices in canonical form. rest_bytes: all other weights. layout_copies_bytes: second copies
     that CPU kernels want (int4 codes of the decoder, output projection). kv_cache_bytes: self- and cross-attention cache.
+    workspace_bytes: on a GPU, what the largest captured pass needs beside them, and library workspaces. driver_bytes: what
+    the driver takes there for its context, the code of kernels and captured graphs; measured, and not torch's.
     """
 
     experts_bytes: int
     rest_bytes: int
     layout_copies_bytes: int
     kv_cache_bytes: int
+    workspace_bytes: int = 0
+    driver_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """Sum of the parts; activations come on top."""
-        return self.experts_bytes + self.rest_bytes + self.layout_copies_bytes + self.kv_cache_bytes
+        """What the engine holds through torch; on top come activations on a CPU, and `driver_bytes` on a GPU."""
+        weights = self.experts_bytes + self.rest_bytes + self.layout_copies_bytes
+        return weights + self.kv_cache_bytes + self.workspace_bytes
 
 
 def num_sparse_layers(config: ModelConfig, stack: Stack) -> int:
@@ -169,12 +176,38 @@ def plan_memory(config: ModelConfig, engine_config: EngineConfig) -> MemoryPlan:
             copies += _decoder_share(config, experts)
     rows = engine_config.max_rows * kv_bytes_per_row(config, engine_config.max_target_tokens + 1, item_bytes)
     slots = engine_config.max_source_slots * kv_bytes_per_slot(config, engine_config.max_source_tokens, item_bytes)
-    return MemoryPlan(experts, rest_bytes(config, item_bytes), copies, rows + slots)
+    rest, cache = rest_bytes(config, item_bytes), rows + slots
+    if not engine_config.device.startswith("cuda"):
+        return MemoryPlan(experts, rest, copies, cache)
+    return MemoryPlan(experts, rest, copies, cache, _workspace_bytes(config, engine_config, item_bytes), _DRIVER_BYTES)
 
 
 def fitting_precisions(config: ModelConfig, available_bytes: int) -> tuple[str, ...]:
     """Precisions whose whole model, without cache and activations, is at most `available_bytes`; best quality first."""
     return tuple(name for name in PRECISIONS if model_bytes(config, name) <= available_bytes)
+
+
+def _workspace_bytes(config: ModelConfig, engine_config: EngineConfig, item_bytes: int) -> int:
+    """Captured passes run one at a time and share one pool, so the largest decode step or encoder pass counts; then the
+    products that linear maps split, one buffer a stack, and the workspaces of the GEMM library.
+
+    A step holds the logits in float32 (each entry may be a live row or the start token of a new sentence), an encoder pass
+    the outputs of its experts or the keys and values of all decoder layers.
+    """
+    d = config.d_model
+    entries = engine_config.max_rows + engine_config.max_source_slots
+    tokens = engine_config.encode_token_budget
+    logits = 4 * _round_up(config.vocab_size, 64)
+    step = entries * (logits + item_bytes * (_ACTIVE_EXPERTS * (config.decoder_ffn_dim + d) + 4 * d))
+    # 20,800 values a token measured on an H100 (d 1,024, feed-forward 4,096, pass of 8,192 tokens)
+    experts = _ACTIVE_EXPERTS * (config.encoder_ffn_dim + d) + 10 * d
+    encoder = tokens * item_bytes * max(experts, 2 * d * config.decoder_layers + 2 * d)
+    widest = max(3 * d, config.encoder_ffn_dim, config.decoder_ffn_dim)
+    return max(step, encoder) + item_bytes * widest * (tokens + entries) + _LIBRARY_WORKSPACE_BYTES
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def _stacks(config: ModelConfig) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

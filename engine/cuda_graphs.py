@@ -6,17 +6,22 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from engine.step_clock import StepClock
+
 
 class CapturedSteps:
     """Runs a launch sequence; on a CUDA device from its graph, which is captured at the key's first use.
 
     Graphs share memory: none may rely on what another left outside its fixed buffers, and one replays at a time. On a CPU
-    (Triton's interpreter) the sequence just runs.
+    (Triton's interpreter) the sequence just runs. clock: notes when each run begins and ends.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: StepClock | None = None) -> None:
         self._device = device
+        self._clock = clock
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        # One stream for all: memory freed on one is not given to another, and the GEMM library keeps a workspace for each.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def __len__(self) -> int:
@@ -27,18 +32,14 @@ class CapturedSteps:
         return self._device.type != "cuda" or key in self._graphs
 
     def capture(self, key: Hashable, sequence: Callable[[], None]) -> None:
-        """Capture a sequence; it runs twice on the way, on inputs that must do no harm."""
+        """Capture a sequence; it runs once at the end, on inputs that must do no harm: what cannot run fails here."""
         if self.has(key):
             return
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            sequence()  # compiles kernels and makes library handles, which a capture must not
-        stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            sequence()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        # relaxed: what a first launch does besides (compiling, loading modules, making a library's handle) may happen within
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="relaxed"):
+            self._sequence(sequence)
+        graph.replay()
         self._graphs[key] = graph
 
     def run(self, key: Hashable, sequence: Callable[[], None]) -> None:
@@ -46,4 +47,12 @@ class CapturedSteps:
         if self._device.type == "cuda":
             self._graphs[key].replay()
         else:
+            self._sequence(sequence)
+
+    def _sequence(self, sequence: Callable[[], None]) -> None:
+        if self._clock is None:
             sequence()
+            return
+        self._clock.start()
+        sequence()
+        self._clock.end()

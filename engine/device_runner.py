@@ -1,7 +1,8 @@
-"""Device work through the kernels: captured encoder passes and decode steps, read back one step late.
+"""Device work through the kernels: captured encoder passes and decode steps, read back late.
 
-A decode step is launched before the result of the one before is looked at, so the GPU never waits for the host: `decode`
-returns what the *previous* step finished. Legend: R entries, S packed source tokens, P source slots.
+While a step runs the next one is queued already, so the GPU does not wait for the host as long as what the host does between
+two steps takes less than a step: `decode` waits for the oldest step under way, launches a new one without the sentences that
+ended, and only then reads what they have become. Legend: R entries, S packed source tokens, P source slots.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +29,15 @@ from engine.model.kernel_encoder import KernelEncoder, PackedTokens
 from engine.model.kernel_layers import KernelOptions
 from engine.model.transformer import Transformer
 from engine.runner import Runner
-from engine.search.device_search import DeviceSearch, StepShape, to_device
+from engine.search.device_search import DeviceSearch, StepShape
 from engine.search.spec import SearchOutcome, SearchSpec
+from engine.search.transfer import to_device
+from engine.step_clock import StepClock
 from engine.types import EncodedBatch
 from engine.weights.loading import load_transformer
 
 HEAD_DIMS = (16, 32, 64, 128)  # what the attention kernels take
-_STATUS_BUFFERS = 3  # one being written, one being read, one spare
+_STEPS_AHEAD = 2  # launched and not looked at: one that runs and one behind it
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +58,12 @@ def supports_kernels(config: ModelConfig) -> bool:
 class DeviceRunner:
     """Runs encoder passes and decode steps for one Transformer on one device. Not thread-safe: one thread calls it."""
 
-    def __init__(self, transformer: Transformer, engine_config: EngineConfig) -> None:
+    def __init__(self, transformer: Transformer, engine_config: EngineConfig, clock: StepClock | None = None) -> None:
         config = transformer.config
         self._device = torch.device(engine_config.device)
         self._config = engine_config
         self._pad_token_id = config.pad_token_id
-        self._max_rows = engine_config.max_rows
+        self._vocab_size = config.vocab_size
         entries = size_buckets(engine_config.max_rows + engine_config.max_source_slots)
         self._token_buckets = size_buckets(engine_config.encode_token_budget, smallest=16)
         self._cache = KVCache.allocate(
@@ -83,13 +87,13 @@ class DeviceRunner:
             entry_buckets=entries,
             device=self._device,
         )
-        self._graphs = CapturedSteps(self._device)
+        self._graphs = CapturedSteps(self._device, clock)
         self._packed = {s: torch.zeros((5, s), dtype=torch.int32, device=self._device) for s in self._token_buckets}
         pinned = self._device.type == "cuda"
         status = (engine_config.max_source_slots,)
-        self._status = [torch.zeros(status, dtype=torch.int32, pin_memory=pinned) for _ in range(_STATUS_BUFFERS)]
+        self._status = [torch.zeros(status, dtype=torch.int32, pin_memory=pinned) for _ in range(_STEPS_AHEAD + 1)]
         self._num_steps = 0
-        self._in_flight: _Step | None = None
+        self._in_flight: deque[_Step] = deque()
         self._reader = torch.cuda.Stream(self._device) if pinned else None  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -106,8 +110,9 @@ class DeviceRunner:
         if self._device.type != "cuda":
             return
         candidates = (1,) if max_beam_size == 1 else (1, 8) if max_beam_size <= 4 else (1, 8, 16)
-        shapes = [StepShape(r, k, ()) for k in candidates for r in self._search.buckets if r <= self._max_rows]
-        for shape in tqdm(shapes[::-1], disable=not progress, desc="decode steps", unit="graph"):
+        # the largest first: the others fit into the memory that it leaves
+        shapes = [StepShape(r, k, ()) for r in self._search.buckets[::-1] for k in candidates]
+        for shape in tqdm(shapes, disable=not progress, desc="decode steps", unit="graph"):
             self._capture_step(shape)
         for num_tokens in tqdm(self._token_buckets[::-1], disable=not progress, desc="encoder passes", unit="graph"):
             self._capture_encoder(num_tokens)
@@ -138,10 +143,20 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def decode(self) -> list[SearchOutcome]:
-        """Launch one decode step for all live rows; returns the sentences that the step before it finished."""
-        before = self._in_flight
-        self._in_flight = self._launch()
-        return [] if before is None else self._collect(before)
+        """Launch one decode step for all live rows; returns the sentences that the oldest step under way finished, which is
+        none while fewer than two are."""
+        oldest = self._in_flight.popleft() if len(self._in_flight) == _STEPS_AHEAD else None
+        closed = [] if oldest is None else self._wait(oldest)
+        launched = self._launch()
+        if launched is not None:
+            self._in_flight.append(launched)
+        elif oldest is None and self._in_flight:  # all sentences are at their limit: look at what is left
+            oldest = self._in_flight.popleft()
+            closed = self._wait(oldest)
+        if oldest is None or not closed:
+            return []
+        with self._beside(oldest):
+            return self._search.read(closed, oldest.status.numpy())
 
     @torch.inference_mode()
     def remove(self, source_slots: Collection[int]) -> None:
@@ -151,7 +166,7 @@ class DeviceRunner:
     def clear(self) -> None:
         """Stop decoding every sentence; touches no device memory, so it works after a device fault."""
         self._search.clear()
-        self._in_flight = None
+        self._in_flight.clear()
 
     def _launch(self) -> _Step | None:
         shape = self._search.plan()
@@ -161,7 +176,7 @@ class DeviceRunner:
             self._capture_step(shape)
             self._search.plan()
         self._graphs.run(shape, functools.partial(self._run_step, shape))
-        status = self._status[self._num_steps % _STATUS_BUFFERS]
+        status = self._status[self._num_steps % len(self._status)]
         self._num_steps += 1
         status.copy_(self._search.tables.status, non_blocking=True)
         ended = None
@@ -170,15 +185,11 @@ class DeviceRunner:
             ended.record()
         return _Step(self._search.took(), status, ended)
 
-    def _collect(self, step: _Step) -> list[SearchOutcome]:
+    def _wait(self, step: _Step) -> list[Any]:
+        """The sentences that this step ended, which leave the search."""
         if step.ended is not None:
             step.ended.synchronize()
-        status = step.status.numpy()
-        closed = self._search.closed(step.fed, status)
-        if not closed:
-            return []
-        with self._beside(step):
-            return self._search.read(closed, status)
+        return self._search.close(step.fed, step.status.numpy())
 
     @contextlib.contextmanager
     def _beside(self, step: _Step) -> Iterator[None]:
@@ -204,11 +215,14 @@ class DeviceRunner:
     def _run_step(self, shape: StepShape) -> None:
         inputs = self._search.feed(shape)
         hidden = self._decoder.hidden(inputs, EntryGroups(*self._search.groups(shape)), self._search.tables.ancestry)
+        logits = None
         if shape.ngram_sizes:
-            values, token_ids = self._search.best_allowed(shape, self._decoder.logits(hidden), inputs)
-        else:
-            top = self._decoder.top_tokens(hidden, shape.num_candidates, inputs.banned)
-            values, token_ids = top.values, top.token_ids
+            logits = torch.empty((len(hidden), self._vocab_size), dtype=torch.float32, device=self._device)
+        top = self._decoder.top_tokens(hidden, shape.num_candidates, inputs.banned, logits)
+        values, token_ids = top.values, top.token_ids
+        if logits is not None:
+            logprobs = logits.sub_(top.log_sum_exp[:, None])
+            values, token_ids = self._search.best_allowed(shape, (values, token_ids), logprobs, inputs)
         self._search.advance(shape, values, token_ids)
 
     def _run_encoder(self, num_tokens: int) -> None:

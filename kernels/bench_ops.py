@@ -24,8 +24,7 @@ from kernels.cases import (
     FfnShape,
 )
 from kernels.expert_bench import ExpertBed
-from kernels.route import route, route_reference
-from kernels.route.launcher import semaphores
+from kernels.route import FEW_TOKENS, route, route_reference, semaphores
 from kernels.testing import graph_time_us, relative_error
 
 
@@ -99,9 +98,9 @@ def _route_row(shape: FfnShape, rows: int) -> Row:
     error = max(relative_error(out.gate_weights, truth.gate_weights), 0.0 if same else max(wrong, 1e-9) if wrong else 1.0)
     touched = xs[0].numel() * 2 + weights[0].numel() * 4 + out.gather_index.numel() * 20
     us = graph_time_us(calls) if error <= 1e-2 else 0.0
-    return Row(
-        "route", f"E={shape.num_experts} D={shape.d_model} top-{shape.top_k} R={rows}", us, error, 1e-2, touched, launches=2
-    )
+    launches = 1 if rows <= FEW_TOKENS else 2
+    name = f"E={shape.num_experts} D={shape.d_model} top-{shape.top_k} R={rows}"
+    return Row("route", name, us, error, 1e-2, touched, launches=launches)
 
 
 def add_layernorm_rows(machine: Machine, quick: bool) -> Iterator[Row]:

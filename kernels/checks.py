@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from kernels.add_layernorm import add_layernorm, add_layernorm_reference
+from kernels.add_layernorm import add_layernorm, add_layernorm_reference, add_slots
 from kernels.attention_checks import attention_failures
 from kernels.cases import PRECISIONS, Precision
 from kernels.compile_ahead import Job, compile_ahead
@@ -21,9 +22,9 @@ from kernels.expert_gemm import FfnTiles, PackedExperts, expert_ffn, expert_ffn_
 from kernels.expert_gemm.jobs import ffn_jobs
 from kernels.head_checks import failed_head_checks, head_check_jobs
 from kernels.linear_checks import linear_check_jobs, linear_failures
-from kernels.route import order_reference, route, route_reference
-from kernels.route.launcher import semaphores
-from kernels.routing import Routing
+from kernels.route import order_reference, route, route_reference, semaphores
+from kernels.route.tiles import GateTiles
+from kernels.routing import Routing, empty_routing
 from kernels.testing import random_experts, relative_error
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,7 +49,9 @@ class ExpertCase:
         """Readable id."""
         t = self.tiles
         mode = (
-            f"fused{'-dynamic' if t.dynamic else ''}{'-prefetch' if t.prefetch else ''}-split{t.split}"
+            f"pipelined-w{t.warps}-s{t.stages}.{t.x_stages}"
+            if t.pipelined
+            else f"fused{'-dynamic' if t.dynamic else ''}{'-prefetch' if t.prefetch else ''}-split{t.split}"
             if t.fused
             else "plain"
         )
@@ -93,6 +96,24 @@ def expert_cases(*, large: bool) -> list[ExpertCase]:
         grouped = [PRECISIONS[n] for n in ("w4a16-g64", "w4a16-g128", "w8a16-g64", "w8a16-g128")]
         cases += [ExpertCase(77, 1024, 2048, 16, 2, p, t) for p in grouped for t in modes if t.join == 2]
     return [dataclasses.replace(c, tiles=dataclasses.replace(c.tiles, programs_per_sm=1)) for c in cases]
+
+
+def pipelined_cases() -> list[ExpertCase]:
+    """The launch for many tokens (compute capability 9.0 alone): every cut of the features, few and many tokens a tile."""
+    tiles = {
+        "w4a16": (FfnTiles(32, 128, 64, stages=2, pipelined=True), FfnTiles(128, 256, 128, 1, 8, 2, pipelined=True)),
+        "w8a16": (
+            FfnTiles(64, 128, 64, stages=3, pipelined=True),
+            FfnTiles(128, 128, 256, 1, 8, 3, pipelined=True, x_stages=3),
+        ),
+    }
+    meetings = ((1, "spread"), (77, "spread"), (300, "one"), (513, "few"), (40, "none"), (900, "spread"))
+    return [
+        ExpertCase(tokens, 1024, 2048, 16, 2, PRECISIONS[name], dataclasses.replace(t, programs_per_sm=1), pattern)
+        for name, choices in tiles.items()
+        for t in choices
+        for tokens, pattern in meetings
+    ]
 
 
 def make_expert_ids(case: ExpertCase, generator: torch.Generator) -> torch.Tensor:
@@ -166,18 +187,45 @@ def check_expert_case(case: ExpertCase, device: torch.device, dtype: torch.dtype
 
 
 def check_route(
-    num_tokens: int, d_model: int, num_experts: int, top_k: int, device: torch.device, dtype: torch.dtype
+    num_tokens: int,
+    d_model: int,
+    num_experts: int,
+    top_k: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    tiles: GateTiles | None = None,
+    fixed: bool = False,
+    block_tokens: int = 16,
 ) -> str:
     """Empty when `route` gives exactly the reference's integers and its gates to rounding; else what differs."""
     generator = torch.Generator(device).manual_seed(num_tokens)
     x = torch.randn(num_tokens, d_model, generator=generator, device=device).to(dtype)
     weight = torch.randn(num_experts, d_model, generator=generator, device=device) * 0.3
+    bias = torch.randn(num_experts, generator=generator, device=device)
     active = torch.rand(num_tokens, generator=generator, device=device) > 0.2
     counters = semaphores(num_tokens, device)
-    truth = route_reference(x, weight, top_k=top_k, block_tokens=16, active=active, gate_scale=0.8)
+    options = {"top_k": top_k, "block_tokens": block_tokens, "router_bias": bias, "active": active, "gate_scale": 0.8}
+    truth = route_reference(x, weight, **options)  # type: ignore[arg-type]
     x[~active] = float("nan")
+    out = poisoned_routing(num_tokens, top_k, num_experts, d_model, block_tokens, device)
     for _ in range(2):
-        out = route(x, weight, top_k=top_k, block_tokens=16, semaphores=counters, active=active, gate_scale=0.8)
+        route(x, weight, semaphores=counters, tiles=tiles, fixed=fixed, out=out, **options)  # type: ignore[arg-type]
+    return "semaphores were left set" if counters.any() else routing_trouble(out, truth, dtype)
+
+
+def poisoned_routing(*sizes: Any) -> Routing:
+    """Buffers of `empty_routing` that hold what no result may be."""
+    out = empty_routing(*sizes)
+    for field in dataclasses.fields(out):
+        buffer = getattr(out, field.name)
+        if isinstance(buffer, torch.Tensor):
+            buffer.fill_(float("nan") if buffer.is_floating_point() else -7)
+    return out
+
+
+def routing_trouble(out: Routing, truth: Routing, dtype: torch.dtype) -> str:
+    """What differs in a routing, past rounding of the gates; entries that are undefined do not count."""
     used, tiles = int(truth.expert_offsets[-1]), int(truth.num_tiles)
     for name in ("expert_ids", "tokens_per_expert", "expert_offsets", "scatter_index", "num_tiles", "sync"):
         if not torch.equal(getattr(out, name), getattr(truth, name)):
@@ -186,14 +234,12 @@ def check_route(
         out.tiles[:tiles], truth.tiles[:tiles]
     ):
         return "gather_index or tiles differ"
-    if counters.any():
-        return "semaphores were left set"
     error = relative_error(out.gate_weights, truth.gate_weights)
     return "" if error <= max(1e-6, torch.finfo(dtype).eps) or used == 0 else f"gates are off by {error:.1e}"
 
 
 def check_add_layernorm(rows: int, features: int, slots: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Larger error of the two results; slots of inactive pairs are NaN."""
+    """Larger error of the two results; slots of inactive pairs are NaN. inf where the add alone gives other bits."""
     generator = torch.Generator(device).manual_seed(rows)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -208,10 +254,12 @@ def check_add_layernorm(rows: int, features: int, slots: int, device: torch.devi
     truth = add_layernorm_reference(residual, delta, weight, bias, expert_ids=ids)
     out = torch.full_like(residual, float("nan"))
     new, normed = add_layernorm(residual.clone(), delta, weight, bias, expert_ids=ids, out=out)
+    if delta is not None and not torch.equal(add_slots(residual.clone(), delta, expert_ids=ids), new):
+        return float("inf")
     return max(relative_error(new, truth[0]), relative_error(normed, truth[1]))
 
 
-ROUTE_SIZES = ((1, 64, 8, 2), (37, 64, 6, 2), (40, 256, 128, 2), (33, 128, 32, 1), (16, 96, 5, 2))
+ROUTE_SIZES = ((1, 64, 8, 2), (37, 64, 6, 2), (40, 256, 128, 2), (33, 128, 32, 1), (16, 96, 5, 2), (17, 75, 3, 1))
 LAYERNORM_SIZES = ((1, 32, 0), (3, 100, 1), (5, 256, 2), (2, 1000, 2))
 
 
@@ -220,7 +268,7 @@ def all_jobs(dtypes: tuple[torch.dtype, ...]) -> list[Job]:
     jobs = [
         job
         for dtype in dtypes
-        for c in expert_cases(large=True)
+        for c in (*expert_cases(large=True), *pipelined_cases())
         for job in ffn_jobs(c.d_model, c.d_ff, c.top_k, c.precision.bits, c.precision.group_size, c.tiles, dtype)
     ]
     jobs += [job for dtype in dtypes for job in linear_check_jobs(dtype)]
@@ -229,11 +277,19 @@ def all_jobs(dtypes: tuple[torch.dtype, ...]) -> list[Job]:
 
 def all_failures(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
     """Every check of the full run; one line for each that fails."""
-    for case in expert_cases(large=True):
+    pipelined = pipelined_cases() if torch.cuda.get_device_capability(device) == (9, 0) else []
+    for case in (*expert_cases(large=True), *pipelined):
         error = check_expert_case(case, device, dtype)
         if not error <= LIMITS[dtype]:
             yield f"expert_ffn {dtype} {case.name}: error {error:.2e}"
-    for sizes in (*ROUTE_SIZES, (320, 1024, 32, 1), (320, 2048, 128, 2), (1000, 2048, 128, 2)):
+    for sizes in (
+        *ROUTE_SIZES,
+        (1, 1024, 32, 2),
+        (16, 2048, 128, 2),
+        (320, 1024, 32, 1),
+        (320, 2048, 128, 2),
+        (1000, 2048, 128, 2),
+    ):
         trouble = check_route(*sizes, device, dtype)
         if trouble:
             yield f"route {dtype} {sizes}: {trouble}"

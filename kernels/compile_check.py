@@ -10,6 +10,8 @@ import argparse
 
 import torch
 
+from kernels.add_layernorm.jobs import add_layernorm_jobs
+from kernels.beam_search.jobs import search_jobs
 from kernels.cases import NLLB_54B, PAPER, PRECISIONS
 from kernels.compile_ahead import Job, compile_ahead
 from kernels.decode_attention.jobs import decode_attention_jobs
@@ -17,8 +19,9 @@ from kernels.embed.jobs import embed_jobs
 from kernels.encoder_attention.jobs import encoder_attention_jobs
 from kernels.expert_gemm.jobs import ffn_jobs
 from kernels.expert_gemm.tiles import FfnTiles, default_tiles
-from kernels.head_topk.jobs import default_head_jobs
-from kernels.launch import next_power_of_two
+from kernels.head_topk.jobs import default_head_jobs, hopper_head_jobs
+from kernels.route.jobs import route_jobs
+from kernels.route.tiles import default_tiles as default_gate_tiles
 from kernels.small_linear.jobs import default_jobs
 
 _BLOCK_SHARED = {75: 65536, 80: 166912, 89: 101376, 90: 232448, 100: 232448}
@@ -34,40 +37,19 @@ def jobs_for(capability: int) -> list[Job]:
                 tiles = [default_tiles(pairs, shape.num_experts, precision.group_size)]
                 if capability >= 90:
                     tiles.append(FfnTiles(16, join=2, fused=True, prefetch=True))
+                if capability == 90 and precision.bits < 16 and precision.group_size == 0:
+                    tiles.append(FfnTiles(64, 128, 64, stages=3 if precision.bits == 8 else 2, pipelined=True))
                 for t in tiles:
                     found += ffn_jobs(shape.d_model, shape.d_ff, shape.top_k, precision.bits, precision.group_size, t, dtype)
-        found += small_jobs(shape.d_model, shape.num_experts, shape.top_k, dtype)
+        found += route_jobs(shape.d_model, shape.num_experts, 2, dtype, default_gate_tiles(shape.d_model, shape.num_experts))
+        found += add_layernorm_jobs(shape.d_model, 2, dtype)
         found += default_head_jobs(shape.d_model, 128000 if shape is PAPER else 256206, dtype)
+        if capability == 90:
+            found += hopper_head_jobs(shape.d_model, 128000 if shape is PAPER else 256206, dtype)
         found += default_jobs(shape.d_model, capability) + embed_jobs(shape.d_model, dtype)
     for d_model in (256, 512, 1024, 2048):  # head_dim 16, 32, 64, 128
         found += decode_attention_jobs(d_model, 16, dtype) + encoder_attention_jobs(d_model, 16, dtype)
-    return found
-
-
-def small_jobs(d_model: int, num_experts: int, top_k: int, dtype: torch.dtype) -> list[Job]:
-    """Router and layer norm."""
-    f32, i32 = torch.float32, torch.int32
-    gate = {
-        "D": d_model,
-        "E": num_experts,
-        "E_PAD": num_experts,
-        "TOP_K": top_k,
-        "BT": 16,
-        "KC": 64,
-        "SPLIT": 16,
-        "HAS_BIAS": False,
-        "HAS_ACTIVE": True,
-        "EPS": torch.finfo(dtype).eps,
-        "num_warps": 8,
-        "num_stages": 3,
-    }
-    order = {"E": num_experts, "E_PAD": num_experts, "BLOCK_TOKENS": 16, "CHUNK": 512, "num_warps": 4}
-    norm = {"D": d_model, "D_PAD": next_power_of_two(d_model), "SLOTS": top_k, "MASKED": True, "num_warps": 8}
-    return [
-        ("kernels.route.kernel", "gate_kernel", (dtype, f32, f32, torch.uint8, f32, i32, i32, f32, 320, 0.8), gate),
-        ("kernels.route.kernel", "expert_order_kernel", (*(i32,) * 8, 320, 400), order),
-        ("kernels.add_layernorm.kernel", "add_layernorm_kernel", (dtype, dtype, i32, dtype, dtype, dtype, 1e-5), norm),
-    ]
+    return found + search_jobs()
 
 
 def main() -> int:

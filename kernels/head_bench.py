@@ -15,7 +15,7 @@ from kernels.head_topk import HeadTiles, Int8Head, TopTokens, head_topk, quantiz
 from kernels.testing import graph_time_us
 
 HEADS = ((128000, 1024), (256206, 2048))  # V, D: the paper's shape and NLLB-MoE 54B
-HEAD_ROWS = (1, 16, 64, 320)
+HEAD_ROWS = (1, 64, 96, 128, 192, 256, 320, 384, 512)  # the engine's buckets
 _DEVICE = torch.device("cuda")
 _K = 8  # two tokens for each of four beams
 
@@ -98,19 +98,24 @@ class HeadPoint:
         error = result["error"] if result["repeatable"] else float("inf")
         return Row("head_topk", name, result.get("us", 0.0), error, HEAD_LIMIT, touched, flops, 2, anchors_us)
 
-    def anchors_us(self) -> dict[str, float]:
-        """Torch in bf16 over the padded vocabulary: the matmul alone, and with log_softmax and topk behind it."""
+    def matmul(self, index: int) -> torch.Tensor:
+        """Torch's bf16 product over the padded vocabulary, nothing else; for beds of 16 bits."""
         weights = [head for head in self.bed.heads if isinstance(head, torch.Tensor)]
+        return self.xs[index] @ weights[index % len(weights)].T
 
-        def matmul(index: int) -> torch.Tensor:
-            return self.xs[index] @ weights[index % len(weights)].T
+    def matmul_us(self, replays: int = 9) -> float:
+        """What the product alone takes."""
+        return graph_time_us([functools.partial(self.matmul, i) for i in range(len(self.xs))], replays=replays)
+
+    def anchors_us(self) -> dict[str, float]:
+        """Torch in bf16: the matmul alone, and with log_softmax and topk behind it."""
 
         def all_of_it(index: int) -> torch.Tensor:
-            logits = matmul(index)[:, : self.bed.vocab_size].float()
+            logits = self.matmul(index)[:, : self.bed.vocab_size].float()
             return torch.log_softmax(logits, 1).topk(_K).values
 
-        calls = {"matmul": matmul, "matmul + log_softmax + topk": all_of_it}
-        return {n: graph_time_us([functools.partial(f, i) for i in range(4)], replays=9) for n, f in calls.items()}
+        everything = graph_time_us([functools.partial(all_of_it, i) for i in range(len(self.xs))], replays=9)
+        return {"matmul": self.matmul_us(), "matmul + log_softmax + topk": everything}
 
 
 def head_topk_rows(machine: Machine, quick: bool) -> Iterator[Row]:

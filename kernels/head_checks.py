@@ -70,6 +70,27 @@ LARGE_HEADS = tuple(
     if bits == 16 or tiles is None or not tiles.tma
 )
 
+# Hopper's own kernel; what it leaves over at every edge: rows, logits (an empty last half), features, groups of thresholds
+HOPPER_HEADS = tuple(
+    HeadCase(rows, features, vocab, k, 16, HeadTiles(*tiles, specialized=True, tma=True, gated=gated))
+    for rows, features, vocab, k, gated, tiles in (
+        (1, 1024, 32001, 2, True, (128, 128, 0, 64, 4, 6)),
+        (64, 2048, 8191, 17, False, (256, 128, 0, 64, 4, 4)),
+        (129, 96, 8129, 8, True, (128, 128, 64, 64, 4, 5)),
+        (161, 112, 8129, 8, True, (256, 128, 64, 64, 4, 4)),
+        (320, 1024, 32001, 16, True, (128, 256, 64, 64, 4, 4)),
+        (320, 96, 8193, 8, False, (128, 256, 64, 32, 4, 8)),
+        (511, 2048, 8191, 10, True, (128, 256, 0, 64, 4, 4)),
+        (1024, 64, 320, 1, True, (128, 256, 64, 64, 4, 4)),
+    )
+)
+
+
+def large_heads(device: torch.device, dtype: torch.dtype) -> tuple[HeadCase, ...]:
+    """The large cases that this device can run in `dtype`."""
+    hopper = dtype != torch.float32 and torch.cuda.get_device_capability(device)[0] == 9
+    return (*LARGE_HEADS, *HOPPER_HEADS) if hopper else LARGE_HEADS
+
 
 def head_inputs(
     case: HeadCase, device: torch.device, dtype: torch.dtype
@@ -152,7 +173,7 @@ def head_check_jobs(dtype: torch.dtype) -> list[Job]:
     """Compile jobs of all cases, for `kernels.compile_ahead`."""
     return [
         job
-        for c in (*SMALL_HEADS, *LARGE_HEADS)
+        for c in (*SMALL_HEADS, *LARGE_HEADS, *(HOPPER_HEADS if dtype != torch.float32 else ()))
         for ban in (True, False)
         for job in head_jobs(
             c.num_features,
@@ -170,7 +191,7 @@ def head_check_jobs(dtype: torch.dtype) -> list[Job]:
 def failed_head_checks(device: torch.device, dtype: torch.dtype) -> list[str]:
     """One line for each case that fails on this device."""
     lines = []
-    for case in (*SMALL_HEADS, *LARGE_HEADS):
+    for case in (*SMALL_HEADS, *large_heads(device, dtype)):
         error = check_head_case(case, device, dtype)
         if not error <= HEAD_LIMIT:
             lines.append(f"FAILED head_topk {dtype} {case.name}: error {error:.2e}")

@@ -62,6 +62,15 @@ _MANY_ROWS = (
     (256, 64, 0, 64, 8, 4),
     (128, 128, 0, 64, 8, 4),
 )
+# block_vocab, block_rows, extra_rows, block_features, stages of the kernel for Hopper; elsewhere it fails to compile
+_SPECIALIZED = (
+    (128, 256, 64, 64, 4),
+    (256, 128, 0, 64, 4),
+    (128, 256, 0, 64, 4),
+    (256, 128, 64, 64, 4),
+    (128, 128, 0, 128, 3),
+    (128, 128, 64, 64, 5),
+)
 
 
 def candidates(num_rows: int, bits: int) -> list[HeadTiles]:
@@ -75,7 +84,16 @@ def candidates(num_rows: int, bits: int) -> list[HeadTiles]:
     ways: tuple[dict[str, Any], ...] = ({"tma": True}, {})
     if num_rows > 32:
         ways += ({"tma": True, "slice_rows": 64}, {"tma": True, "gated": False}, {"gated": False})
-    found = [default_tiles(num_rows, torch.bfloat16), *(dataclasses.replace(t, **way) for way in ways for t in base)]
+    special = [
+        HeadTiles(v, r, extra, features, stages=stages, gated=True, tma=True, specialized=True)
+        for v, r, extra, features, stages in (_SPECIALIZED if num_rows > 32 else ())
+        if r + extra <= max(128, 2 * num_rows)
+    ]
+    found = [
+        default_tiles(num_rows, torch.bfloat16),
+        *special,
+        *(dataclasses.replace(t, **way) for way in ways for t in base),
+    ]
     return [t for t in dict.fromkeys(found) if bits == 16 or not t.tma]
 
 
@@ -116,6 +134,7 @@ def sweep(
     """Measure every candidate of every point, one of each point at a time; stops at the deadline (time.perf_counter)."""
     torch.backends.cuda.matmul.allow_tf32 = False
     beds: dict[tuple[int, int, int], HeadBed] = {}
+    matmul_us: dict[tuple[int, int, int, int], float] = {}
     lists: dict[tuple[int, int, int, int], list[HeadTiles]] = {}
     results: list[dict[str, Any]] = []
     for point in points:
@@ -133,7 +152,10 @@ def sweep(
                     return results
                 v, d, bits, rows = point
                 tiles = lists[point][rank]
-                found = attempt(beds[v, d, bits].point(rows), tiles)
+                bed_point = beds[v, d, bits].point(rows)
+                if bits == 16 and point not in matmul_us:
+                    matmul_us[point] = bed_point.matmul_us()
+                found = attempt(bed_point, tiles) | {"matmul_us": matmul_us.get((v, d, 16, rows))}
                 results.append({"v": v, "d": d, "bits": bits, "rows": rows, "tiles": dataclasses.asdict(tiles)} | found)
                 file.write(json.dumps(results[-1]) + "\n")
                 file.flush()
@@ -148,7 +170,10 @@ def summarize(results: list[dict[str, Any]], out: Path, device: str) -> None:
         good = sorted((r for r in rows if r["ok"]), key=lambda r: r["us"])
         bad = [r for r in rows if not r["ok"]]
         shown = " | ".join(f"{r['us']:.1f} {list(r['tiles'].values())}" for r in good[:4])
-        print(f"V={point[0]} D={point[1]} bits={point[2]} R={point[3]}: {shown}  BAD {len(bad)} {bad[:1]}", flush=True)
+        matmul = f"matmul {rows[0]['matmul_us']:.1f}, " if rows[0].get("matmul_us") else ""
+        print(
+            f"V={point[0]} D={point[1]} bits={point[2]} R={point[3]}: {matmul}{shown}  BAD {len(bad)} {bad[:1]}", flush=True
+        )
         if good:
             shape = {"bits": point[2], "d": point[1], "v": point[0]}
             entries.append({"shape": shape, "max_size": point[3], "choice": good[0]["tiles"], "us": round(good[0]["us"], 2)})

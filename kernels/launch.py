@@ -28,7 +28,9 @@ def overlap(like: torch.Tensor, *, cooperative: bool = False) -> dict[str, Any]:
 def overlap_options(supported: bool, *, cooperative: bool = False) -> dict[str, Any]:
     """Launch options of a kernel that may start while the one before it in the stream still runs (programmatic dependent
     launch, compute capability 9.0 on). Such a kernel waits (`gdc_wait`) before it touches what others write, and at once
-    lets the next one start in the same way. A cooperative launch starts as usual, but lets the next one start early.
+    lets the next one start in the same way. A cooperative launch starts as usual, but lets the next one start early. The
+    kernels of `small_linear` let the next one start before they wait themselves; `decode_attention` says what that asks of
+    its callers.
     """
     if not supported:
         return {"OVERLAP": False}

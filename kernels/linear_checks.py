@@ -60,6 +60,9 @@ def linear_cases(*, large: bool) -> list[LinearCase]:
         LinearTiles(16, 16, 16, split=3),
         LinearTiles(16, 128, 16, split=4),
         LinearTiles(64, 32, 16, prefetch=True),
+        LinearTiles(16, 32, 64, gram=True),
+        LinearTiles(4, br=1, warps=1),
+        LinearTiles(8, br=4),
         LinearTiles(library=True),
     ]
     forms = [{}, {"norm": True, "relu": True}, {"norm": True}, {"residual": True}, {"relu": True, "residual": True}]
@@ -81,11 +84,17 @@ def linear_cases(*, large: bool) -> list[LinearCase]:
             LinearTiles(32, 128, 16, warps=2, stages=6),
             LinearTiles(32, 128, 16, split=2, overlap=True),
             LinearTiles(16, 128, 16, split=16, warps=4),
+            LinearTiles(64, 64, 64, gram=True, overlap=True),
+            LinearTiles(128, 64, 64, split=2, gram=True),
+            LinearTiles(4, br=1, warps=8, overlap=True),
+            LinearTiles(8, br=4, warps=8, overlap=True),
             LinearTiles(library=True),
         ]
         for n, k in sizes:
             for rows in (1, 17, 64, 320, 1024):
                 for t in many:
+                    if t is not None and t.no_dot and rows > 64:
+                        continue
                     int8 = (rows + n) % 2 == 1 and not (t is not None and t.library)
                     cases.append(LinearCase(rows, n, k, t, int8=int8, norm=k < 3000, relu=rows == 64, residual=n <= k))
     return cases
@@ -183,7 +192,13 @@ def check_qkv_linear(
     return max(relative_error(q[active], true_q[active]), cell_error)
 
 
-QKV_TILES = (None, LinearTiles(32, 32, 16), LinearTiles(16, 64, 16, split=2), LinearTiles(library=True))
+QKV_TILES = (
+    None,
+    LinearTiles(32, 32, 16),
+    LinearTiles(16, 64, 16, split=2),
+    LinearTiles(4, br=4, overlap=True),
+    LinearTiles(library=True),
+)
 QKV_SIZES = ((1, 16, 32), (17, 21, 65), (9, 64, 48))
 
 

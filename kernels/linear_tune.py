@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from kernels.compile_ahead import compile_ahead
+from kernels.launch import next_power_of_two
 from kernels.linear_bench import LINEAR_LIMIT, LinearBed, LinearPoint, LinearShape, layer_shapes
 from kernels.small_linear import LinearTiles
 from kernels.small_linear.jobs import linear_jobs
@@ -60,6 +61,7 @@ _MORE_ROWS = [
     (128, 64, 128, 4, 4),
     (64, 128, 128, 8, 3),
 ]
+_NO_DOT = [(4, 1), (8, 2), (8, 4), (4, 2), (16, 4), (4, 8), (2, 4), (8, 8)]  # (bn, warps), for 1 to 4 rows
 _FIXED = [(64, 128, 16, 4, 4), (64, 128, 32, 4, 4), (64, 64, 64, 4, 5)]  # timed at every size, for the fixed-order mode
 
 
@@ -72,6 +74,9 @@ def candidates(shape: LinearShape, rows: int, *, overlap: bool = False) -> list[
     """Tiles worth timing, likely ones first: torch's GEMM, those of the fixed-order mode (same at every size), then every
     width in its plainest form, then with one thing changed, then with more."""
     found = {LinearTiles(library=True): -2} | dict.fromkeys(fixed_candidates(shape, overlap=overlap), -1)
+    if rows <= 4:
+        no_dot = [LinearTiles(bn, br=next_power_of_two(rows), warps=warps, overlap=overlap) for bn, warps in _NO_DOT]
+        found |= dict.fromkeys(no_dot, 0)
     sets = (_FEW_ROWS if rows <= 32 else []) + ([t for t in _MORE_ROWS if t[2] <= rows] if rows > 16 else [])
     for place, (bn, bk, br, warps, stages) in enumerate(sets):
         programs = -(-shape.n // bn) * -(-rows // br)
@@ -83,6 +88,8 @@ def candidates(shape: LinearShape, rows: int, *, overlap: bool = False) -> list[
                 for prefetch in (False, True) if split == 1 and rows <= 64 else (False,):
                     tiles = LinearTiles(bn, bk, br, split, warps, stages, fused, prefetch, overlap)
                     found.setdefault(tiles, changed + own_launch + prefetch + place // 8)
+                    if shape.norm and fused and br == 64:
+                        found.setdefault(dataclasses.replace(tiles, gram=True), changed + prefetch + place // 8)
     return sorted(found, key=found.__getitem__)
 
 
@@ -207,7 +214,9 @@ def tiles_key(tiles: LinearTiles) -> str:
     """Compact name."""
     if tiles.library:
         return "library"
-    flags = {"statistics": not tiles.fuse_norm, "prefetch": tiles.prefetch, "overlap": tiles.overlap}
+    if tiles.no_dot:
+        return f"n{tiles.bn} r{tiles.br} w{tiles.warps}" + (" overlap" if tiles.overlap else "")
+    flags = {"statistics": not tiles.fuse_norm, "gram": tiles.gram, "prefetch": tiles.prefetch, "overlap": tiles.overlap}
     sizes = f"n{tiles.bn} k{tiles.bk} r{tiles.br} x{tiles.split} w{tiles.warps} s{tiles.stages}"
     return " ".join([sizes, *(flag for flag, on in flags.items() if on)])
 

@@ -102,7 +102,7 @@ def small_failures(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
         error = check_head_case(head, device, dtype)
         if not error <= HEAD_LIMIT:
             yield f"head_topk {head.name} {dtype}: error {error:.2e}"
-    for sizes in ((37, 64, 6, 2), (33, 128, 32, 1)):
+    for sizes in ((3, 64, 5, 2), (37, 64, 6, 2), (33, 128, 32, 1)):
         trouble = check_route(*sizes, device, dtype)
         if trouble:
             yield f"route {sizes} {dtype}: {trouble}"

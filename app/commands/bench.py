@@ -18,16 +18,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from engine.bench.shapes import GRID, PEERS, QUICK_GRID, SHAPES, Variant, parse_cells
-from engine.config import PRECISIONS
+from engine.config import PRECISIONS, QuantScheme
 
 EXAMPLES = """  babelephant bench --shape tiny --device cpu --cells 1x1,2x2       does it work here? half a minute
   babelephant bench --shape paper --device cuda --out paper.json    the paper's model, the whole grid, all precisions
   babelephant bench --shape nllb54b --device cuda --cells 1x4,64x4 --precisions w4a16 --out 54b.json
   babelephant bench --shape paper --device cuda --quick --mix 512   two cells and the serving mix
   babelephant bench --checkpoint DIR --device cpu --precisions fp32,w4a16 --cells 1x1,8x4
+  babelephant bench --shape nllb54b --device cuda --precisions w4a16 --write DIR    no measuring: the model as a checkpoint
 
 A cell is BATCHxBEAM. --out is rewritten as each cell ends, so that a run cut short keeps what it has. Peers whose weights
 do not fit are left out with a note; the checks then draw one expert at a time. Each engine is sized for the largest cell
@@ -57,12 +59,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mix-beam", type=int, default=4, metavar="N", help="beam size in the mix (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and inputs (%(default)s)")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="DIR",
+        help="write the random model into the new directory DIR and stop: an HF checkpoint with --precisions fp16 or none, "
+        "a converted one with a quantized precision; its head is tied, as the formats want it, so its tokens repeat",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON, rewritten as each cell ends")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="bars of tokens/s as an image (needs matplotlib)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Check, measure, print; 1 when a check refused something."""
+    if args.write is not None:
+        return _write(args)
     from engine.bench.benchmark import Benchmark
     from engine.bench.options import BenchOptions
     from engine.bench.report import plot, table
@@ -96,6 +107,29 @@ def run(args: argparse.Namespace) -> int:
     for refusal in result.refusals:
         print(f"babelephant: refused: {refusal}", file=sys.stderr)
     return 1 if result.refusals else 0
+
+
+def _write(args: argparse.Namespace) -> int:
+    import torch
+
+    from engine.bench.checkpoint_files import write_checkpoint
+    from engine.bench.random_model import RandomWeights
+
+    if args.write.exists():
+        raise ValueError(f"--write {args.write}: it exists; choose another directory or remove it")
+    if args.checkpoint is not None:
+        raise ValueError(
+            "--write draws a random model: give --shape, not --checkpoint (babelephant convert quantizes those)"
+        )
+    scheme = QuantScheme.from_name(args.precisions or "fp16")
+    if scheme is None and args.precisions not in (None, "fp16"):
+        raise ValueError(f"--write --precisions {args.precisions}: choose fp16 or one quantized precision, such as w4a16")
+    torch.set_num_threads(_at_least_1("--threads", args.threads))
+    started = time.monotonic()
+    weights = RandomWeights(SHAPES[args.shape], torch.device(_device(args.device)), args.seed)
+    num_bytes = write_checkpoint(weights, args.write, scheme, progress=sys.stderr.isatty())
+    print(f"{args.write}: {args.shape}, {num_bytes / 1e9:.2f} GB written in {time.monotonic() - started:.1f} s")
+    return 0
 
 
 def _peers(text: str | None) -> tuple[str, ...]:

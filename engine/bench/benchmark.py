@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from engine.accounting import count_parameters, model_bytes, plan_memory
+from engine.accounting import count_parameters, model_bytes
 from engine.bench import report as reporting
 from engine.bench.check import CHECK_CELLS, CheckResult, check_engine, token_agreement
 from engine.bench.engine_run import EngineRun
@@ -17,14 +17,15 @@ from engine.bench.floor import decode_step_bytes
 from engine.bench.inputs import CellInputs
 from engine.bench.measure import MemoryMeter, profile_decode, read_bandwidth
 from engine.bench.options import BenchOptions
-from engine.bench.ours import OurEngine, engine_config, make_runner
+from engine.bench.ours import OurEngine, engine_config, make_runner, planned_bytes
 from engine.bench.peers import Peer, PeerError, transformers_version
 from engine.bench.random_model import RandomWeights, random_transformer
 from engine.bench.report import CellReport, EngineRow, Report
-from engine.bench.serving_mix import MAX_TOKENS, draw_mix, mix_config, run_mix
+from engine.bench.serving_mix import draw_mix, mix_config, run_mix
 from engine.bench.shapes import PAPER_RATIOS, SHAPES, SOURCE_TOKENS, TARGET_TOKENS, Cell, Variant
 from engine.config import EngineConfig, ModelConfig
 from engine.model.transformer import Transformer
+from engine.step_clock import StepClock
 from engine.tokenizer import Tokenizer
 from engine.weights.loading import load_transformer
 from engine.weights.memory import available_bytes
@@ -177,8 +178,13 @@ class Benchmark:
         transformer = self._transformer(config)
         engine = OurEngine(make_runner(transformer, config), config)
         result.build_s[name] = time.monotonic() - start
-        result.planned_bytes[name] = plan_memory(self.config, config).total_bytes
-        self.say(f"{name}: built in {result.build_s[name]:.1f} s")
+        meter.settle()
+        result.planned_bytes[name] = planned = planned_bytes(
+            self.config, config, is_tied=self.options.checkpoint is not None
+        )
+        held = meter.peak_bytes()
+        beside = "" if held is None else f", {held / 1e9:.2f} GB held ({held / planned - 1:+.1%})"
+        self.say(f"{name}: built in {result.build_s[name]:.1f} s; {planned / 1e9:.2f} GB planned{beside}")
         oracle, judge = judges
         exact = variant.precision == "fp32" and oracle.dtype == torch.float32
         checked = check_engine(engine, oracle, checks, exact=exact, judge=judge)
@@ -189,9 +195,10 @@ class Benchmark:
             if self._is_late(f"{name} {cell.inputs.cell}", result):
                 return
             self._time_ours(name, engine, cell, meter, result)
-        del engine
+        del engine, transformer
+        _free_memory()
         if self.options.mix_sentences and not self._is_late(f"{name} serving mix", result):
-            self._run_mix(name, transformer, config, result)
+            self._run_mix(name, config, result)
 
     def _time_ours(self, name: str, engine: OurEngine, cell: _Cell, meter: MemoryMeter, result: Report) -> None:
         inputs = cell.inputs
@@ -216,29 +223,24 @@ class Benchmark:
         )
         self._report_row(cell, row, result)
 
-    def _run_mix(self, name: str, transformer: Transformer, base: EngineConfig, result: Report) -> None:
+    def _run_mix(self, name: str, base: EngineConfig, result: Report) -> None:
+        """With a model of its own: a device runner takes the one it is given apart."""
         options = self.options
         beam = options.mix_beam
         rows = max(options.mix_rows // beam, 1) * beam
         config = mix_config(base, rows=rows, beam=beam, num_sentences=options.mix_sentences)
-        runner = make_runner(transformer, config)
+        clock = StepClock(self.device) if self.device.type == "cuda" else None
+        runner = make_runner(self._transformer(config), config, clock)
         sentences = draw_mix(self.config, options.mix_sentences, beam, seed=options.seed)
-        mix = run_mix(runner, self.config, config, sentences, beam)
+        mix = run_mix(runner, self.config, config, sentences, beam, clock)
         result.serving_mix[name] = mix
         self.say(reporting.mix_lines(mix))
         result.write(options.out)
 
     def _transformer(self, config: EngineConfig) -> Transformer:
-        longest = MAX_TOKENS if self.options.mix_sentences else SOURCE_TOKENS
-        wide = replace(  # position table for the serving mix as well
-            config,
-            max_source_tokens=max(config.max_source_tokens, longest),
-            max_target_tokens=max(config.max_target_tokens, longest),
-            encode_token_budget=max(config.encode_token_budget, longest),
-        )
         if self.options.checkpoint is not None:
-            return load_transformer(self.options.checkpoint, wide)
-        return random_transformer(RandomWeights(self.config, self.device, self.options.seed), wide)
+            return load_transformer(self.options.checkpoint, config)
+        return random_transformer(RandomWeights(self.config, self.device, self.options.seed), config)
 
     def _engine_config(self, variant: Variant, cells: Sequence[Cell]) -> EngineConfig:
         return engine_config(

@@ -88,21 +88,29 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 class MemoryMeter:
-    """Peak bytes allocated on the device since `start`, over what was there then; None on a CPU."""
+    """Peak bytes that torch holds on the device since `start`, over what it held then; None on a CPU.
+
+    Held, not allocated: the memory of captured passes counts, in use or not.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._baseline = 0
 
     def start(self) -> None:
-        """Forget earlier peaks."""
+        """Forget earlier peaks; what is held now is the baseline."""
+        self.settle()
+        if self._device.type == "cuda":
+            self._baseline = torch.cuda.memory_reserved(self._device)
+
+    def settle(self) -> None:
+        """Forget earlier peaks and give back what is not used, such as what making a random model took."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
-            self._baseline = torch.cuda.memory_allocated(self._device)
 
     def peak_bytes(self) -> int | None:
-        """Since `start`."""
+        """Since `start` or the last `settle`, over the baseline of `start`."""
         if self._device.type != "cuda":
             return None
-        return int(torch.cuda.max_memory_allocated(self._device)) - self._baseline
+        return int(torch.cuda.max_memory_reserved(self._device)) - self._baseline

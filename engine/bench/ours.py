@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from engine.accounting import plan_memory
 from engine.batching import pack
 from engine.bench.engine_run import EngineRun, synchronize
 from engine.bench.inputs import CellInputs
 from engine.bench.shapes import Cell, Variant
-from engine.config import EngineConfig
+from engine.config import EngineConfig, ModelConfig
 from engine.model.transformer import Transformer
 from engine.runner import Runner
 from engine.search.spec import ScoredTokens, SearchOutcome, SearchSpec
+from engine.step_clock import StepClock
 from engine.types import EncodedBatch, SearchOptions
 
 if TYPE_CHECKING:
@@ -44,15 +46,21 @@ def engine_config(
     )
 
 
-def make_runner(transformer: Transformer, config: EngineConfig) -> Runner | DeviceRunner:
-    """The runner that a service would get for this device, warmed up."""
+def planned_bytes(model: ModelConfig, config: EngineConfig, *, is_tied: bool) -> int:
+    """What the plan says, and the output projection of a random model, which is not tied to its embedding."""
+    head = 0 if is_tied else model.vocab_size * model.d_model * (4 if config.compute_dtype == "float32" else 2)
+    return plan_memory(model, config).total_bytes + head
+
+
+def make_runner(transformer: Transformer, config: EngineConfig, clock: StepClock | None = None) -> Runner | DeviceRunner:
+    """The runner that a service would get for this device, warmed up. clock: times the passes of a device runner."""
     if not config.device.startswith("cuda"):
         return Runner(transformer, config)
     from engine.device_runner import DeviceRunner, supports_kernels
 
     if not supports_kernels(transformer.config):
         return Runner(transformer, config)
-    runner = DeviceRunner(transformer, config)
+    runner = DeviceRunner(transformer, config, clock)
     runner.warm_up()
     return runner
 

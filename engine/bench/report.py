@@ -176,17 +176,22 @@ def mix_lines(mix: MixReport) -> str:
             f"{result.latency_p50_s:.3f} s, p99 {result.latency_p99_s:.3f} s   {result.num_steps} steps"
         )
 
-    return "\n".join(
-        [
-            f"serving mix, {mix.precision}: {mix.num_sentences} sentences, {mix.mean_source_tokens:.0f} source and "
-            f"{mix.mean_target_tokens:.0f} target tokens on average, {mix.rows} rows at beam {mix.beam}",
-            line("backlog, static batches", mix.backlog_static),
-            line("backlog, continuous", mix.backlog_continuous),
-            f"  continuous / static = {mix.ratio:.2f}; {mix.equal_share:.1%} of the translations are equal",
-            line(f"{mix.stream_sentences_per_s:.1f}/s arrive, static", mix.stream_static),
-            line(f"{mix.stream_sentences_per_s:.1f}/s arrive, continuous", mix.stream_continuous),
-        ]
-    )
+    lines = [
+        f"serving mix, {mix.precision}: {mix.num_sentences} sentences, {mix.mean_source_tokens:.0f} source and "
+        f"{mix.mean_target_tokens:.0f} target tokens on average, {mix.rows} rows at beam {mix.beam}",
+        line("backlog, static batches", mix.backlog_static),
+        line("backlog, continuous", mix.backlog_continuous),
+        f"  continuous / static = {mix.ratio:.2f}; {mix.equal_share:.1%} of the translations are equal",
+        line(f"{mix.stream_sentences_per_s:.1f}/s arrive, static", mix.stream_static),
+        line(f"{mix.stream_sentences_per_s:.1f}/s arrive, continuous", mix.stream_continuous),
+    ]
+    if (gaps := mix.gaps) is not None:
+        lines.append(
+            f"  device, backlog continuous: {gaps.gapless_share:.1%} of {gaps.num_passes} passes begin within 50 us of the "
+            f"one before; gaps median {gaps.median_us:.0f}, p99 {gaps.p99_us:.0f}, longest {gaps.longest_us:.0f} us; busy "
+            f"{gaps.busy_share:.1%}"
+        )
+    return "\n".join(lines)
 
 
 def plot(report: Report, path: Path) -> None:

@@ -18,6 +18,7 @@ from engine.bench.inputs import NUM_RESERVED_IDS
 from engine.config import EngineConfig, ModelConfig
 from engine.runner import Runner
 from engine.scheduler import Scheduler
+from engine.step_clock import GapReport, StepClock
 from engine.tokenizer import Tokenizer
 from engine.translator import Translator
 from engine.types import Int32Array, SearchOptions, Translation, TranslationRequest
@@ -78,7 +79,8 @@ class StreamResult:
 class MixReport:
     """backlog: everything waits from the start; stream: Poisson arrivals at `stream_sentences_per_s`.
 
-    ratio: continuous over static sentences/s with a backlog. equal_share: translations equal in both.
+    ratio: continuous over static sentences/s with a backlog. equal_share: translations equal in both. gaps: of the device
+    during backlog_continuous; None without a clock.
     """
 
     precision: str
@@ -94,6 +96,7 @@ class MixReport:
     stream_sentences_per_s: float
     stream_static: StreamResult
     stream_continuous: StreamResult
+    gaps: GapReport | None = None
 
 
 def draw_mix(
@@ -176,13 +179,18 @@ def run_mix(
     config: EngineConfig,
     sentences: Sequence[MixSentence],
     beam: int,
+    clock: StepClock | None = None,
 ) -> MixReport:
-    """Both ways with a backlog, then both with arrivals at STREAM_LOAD of the static rate. `config` is the runner's."""
+    """Both ways with a backlog, then both with arrivals at STREAM_LOAD of the static rate. `config` and `clock` are the
+    runner's."""
     translator = Translator(TokenIdTokenizer(model_config), Scheduler(config), runner, config)
     slots = config.max_source_slots
     serve(translator, sentences[:slots], slots)  # warm-up
     static, static_results = serve(translator, sentences, slots)
+    if clock is not None:
+        clock.reset()
     continuous, continuous_results = serve(translator, sentences, None)
+    gaps = None if clock is None else clock.gaps()
     rate = STREAM_LOAD * static.sentences_per_s
     stream = with_arrivals(sentences, rate)
     stream_static, _ = serve(translator, stream, slots)
@@ -207,4 +215,5 @@ def run_mix(
         stream_sentences_per_s=rate,
         stream_static=stream_static,
         stream_continuous=stream_continuous,
+        gaps=gaps,
     )

@@ -6,11 +6,10 @@ Legend: R entries (live hypotheses and start tokens), G groups (runs of entries 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.nn import functional
 
 from engine.kv_cache import KVCache
 from engine.model.kernel_layers import (
@@ -33,7 +32,7 @@ from engine.model.transformer import DecoderLayer, Transformer
 from kernels.beam_search import StepInputs
 from kernels.decode_attention import decode_cross_attention, decode_self_attention
 from kernels.embed import embed
-from kernels.head_topk import Int8Head, TopTokens, fixed_tiles, head_topk, quantize_head
+from kernels.head_topk import Int8Head, TopTokens, fixed_tiles, head_topk, quantize_head, select_tiles
 from kernels.small_linear import qkv_linear
 
 
@@ -94,19 +93,18 @@ class KernelDecoder:
             pending = self._run(layer, index, x, pending, inputs, groups, ancestry)
         return normed(x, pending, self._model.decoder_norm)
 
-    def top_tokens(self, hidden: Tensor, k: int, banned: Tensor) -> TopTokens:
-        """The k best next tokens of every entry; banned int32[R]: one token that may not be chosen (-1: none)."""
-        vocab_size = self._model.config.vocab_size
+    def top_tokens(self, hidden: Tensor, k: int, banned: Tensor, logits: Tensor | None = None) -> TopTokens:
+        """The k best next tokens of every entry; banned int32[R]: one token that may not be chosen (-1: none). logits
+        float32[R, V]: for logit rules that need to see every token, filled; the result's values are of the same logits.
+        """
+        vocab_size, bits = self._model.config.vocab_size, 8 if isinstance(self._head, Int8Head) else 16
         tiles = None
         if self._options.fixed_order:
-            bits = 8 if isinstance(self._head, Int8Head) else 16
             tiles = fixed_tiles(hidden.shape[1], vocab_size, bits, hidden.device, hidden.dtype)
-        return head_topk(hidden, self._head, k=k, vocab_size=vocab_size, banned=banned, tiles=tiles)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32[R, V]: for logit rules that need to see every token."""
-        head = self._head.dequantized(hidden.dtype) if isinstance(self._head, Int8Head) else self._head
-        return functional.linear(hidden, head)[:, : self._model.config.vocab_size].float()
+        if logits is not None:  # gated tiles leave out what cannot be among the best
+            tiles = tiles or select_tiles(len(hidden), hidden.shape[1], vocab_size, bits, hidden.device, hidden.dtype)
+            tiles = replace(tiles, gated=False)
+        return head_topk(hidden, self._head, k=k, vocab_size=vocab_size, banned=banned, logits_scratch=logits, tiles=tiles)
 
     def _run(
         self,
@@ -129,11 +127,18 @@ class KernelDecoder:
             fixed=self._options.fixed_order,
             scratch=self._kernels.scratch,
         )
-        context = decode_self_attention(query, cells, ancestry, inputs.rows, inputs.positions, num_heads=self._heads)
+        context = decode_self_attention(
+            query, cells, ancestry, inputs.rows, inputs.positions, num_heads=self._heads, history_ready=True
+        )
         self._kernels.linear(context, layer.self_out, residual=x)
         query = self._kernels.linear(settle(x, None, layer.cross_norm, layer.query), layer.query)
         context = decode_cross_attention(
-            query, self._cache.cross_kv[index], self._cache.source_lengths, *groups, num_heads=self._heads
+            query,
+            self._cache.cross_kv[index],
+            self._cache.source_lengths,
+            *groups,
+            num_heads=self._heads,
+            source_ready=True,
         )
         self._kernels.linear(context, layer.cross_out, residual=x)
         return self._kernels.feed_forward(x, layer.ffn_norm, layer.feed_forward, inputs.active)

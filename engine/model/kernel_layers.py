@@ -14,10 +14,9 @@ from torch import Tensor
 from engine.model.layers import DenseFeedForward, LayerNorm, Linear
 from engine.model.mixture_of_experts import MixtureOfExperts
 from engine.quantization.packed_experts import packed_experts
-from kernels.add_layernorm import add_layernorm
+from kernels.add_layernorm import add_layernorm, add_slots
 from kernels.expert_gemm import PackedExperts, expert_ffn, select_tiles
-from kernels.route import route
-from kernels.route.launcher import semaphores
+from kernels.route import route, semaphores
 from kernels.small_linear import (
     FoldedLinear,
     Int8Linear,
@@ -114,10 +113,10 @@ class KernelLayers:
             hidden = self.linear(settle(x, None, norm, layer.fc1), layer.fc1, relu=True)
             self.linear(hidden, layer.fc2, residual=x)
             return None
-        _, normed = add_layernorm(x, None, norm.weight, norm.bias, eps=norm.eps)
         tiles = select_tiles(self._tile_pairs(x.shape[0]), layer.fc1)
+        rows = normed(x, None, norm)
         routing = route(
-            normed,
+            rows,
             layer.router_weight,
             top_k=TOP_K,
             block_tokens=tiles.block_tokens,
@@ -125,8 +124,9 @@ class KernelLayers:
             router_bias=layer.router_bias,
             active=active,
             gate_scale=layer.gate_scale,
+            fixed=self._options.fixed_order,
         )
-        outputs = expert_ffn(normed, layer.fc1, layer.fc1_bias, layer.fc2, layer.fc2_bias, routing, tiles=tiles)
+        outputs = expert_ffn(rows, layer.fc1, layer.fc1_bias, layer.fc2, layer.fc2_bias, routing, tiles=tiles)
         return Pending(outputs, routing.expert_ids)
 
     def _tile_pairs(self, rows: int) -> int:
@@ -140,7 +140,7 @@ def settle(x: Tensor, pending: Pending | None, norm: LayerNorm, linear: KernelLi
     if not is_folded(linear):
         return normed(x, pending, norm)
     if pending is not None:
-        normed(x, pending, norm)  # for the sum alone
+        add_slots(x, pending.outputs, expert_ids=pending.expert_ids)
     return x
 
 

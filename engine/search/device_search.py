@@ -17,7 +17,8 @@ from torch import Tensor
 
 from engine.search.rules import ban_repeated_ngrams
 from engine.search.spec import ScoredTokens, SearchOutcome, SearchSpec
-from kernels.beam_search import MAX_BEAMS, BeamTables, StepInputs, advance_sentences, begin_sentences, step_inputs
+from engine.search.transfer import to_device, to_host
+from kernels.beam_search import BeamTables, StepInputs, advance_sentences, begin_sentences, step_inputs
 from kernels.beam_search.tables import BOUNDS_BY_MAX, BROKEN, NGRAM_SIZE, RECORD_FIELDS, STOPS_WHEN_FULL
 
 _SLOTS, _BEAMS, _GROUP_SLOTS, _GROUP_STARTS, _GROUP_COUNTS = range(5)
@@ -149,13 +150,18 @@ class DeviceSearch:
             eos_token_id=self._eos_token_id,
         )
 
-    def best_allowed(self, shape: StepShape, logits: Tensor, inputs: StepInputs) -> tuple[Tensor, Tensor]:
-        """(values, token ids) [R, K] where n-gram rules ban tokens: float32 logits [R, V], log-softmax before the bans."""
-        logprobs = torch.log_softmax(logits, -1)
+    def best_allowed(
+        self, shape: StepShape, best: tuple[Tensor, Tensor], logprobs: Tensor, inputs: StepInputs
+    ) -> tuple[Tensor, Tensor]:
+        """(values, token ids) [R, K] where n-gram rules ban tokens. logprobs float32[R, V], before any ban, is overwritten.
+
+        best: values and ids without these rules; entries of sentences that have none keep them, so that their bits do not
+        depend on whether a mate has some.
+        """
         broken = logprobs[:, :1].isnan()
-        banned = inputs.banned.long()
-        allowed = logprobs.scatter(1, banned.clamp(min=0)[:, None], float("-inf"))
-        logprobs = torch.where((banned >= 0)[:, None], allowed, logprobs)
+        banned = inputs.banned.long()[:, None]
+        place = banned.clamp(min=0)
+        logprobs.scatter_(1, place, torch.where(banned >= 0, float("-inf"), logprobs.gather(1, place)))
         rows = inputs.rows.long().clamp(min=0)
         ancestry = self.tables.ancestry[rows].long()
         prefixes = self.tables.history[ancestry, torch.arange(ancestry.shape[1], device=self.device), 0].long()
@@ -164,7 +170,9 @@ class DeviceSearch:
         for size in shape.ngram_sizes:
             ban_repeated_ngrams(logprobs, prefixes, inputs.positions.long(), sizes, size)
         values, token_ids = logprobs.topk(min(shape.num_candidates, logprobs.shape[1]))
-        return values.masked_fill(broken, float("nan")), token_ids.int()
+        has_rule = (sizes > 0)[:, None]
+        values = torch.where(has_rule, values.masked_fill(broken, float("nan")), best[0])
+        return values, torch.where(has_rule, token_ids.int(), best[1])
 
     def took(self) -> list[_Sentence]:
         """Note that the planned step is launched; returns the sentences that take part in it."""
@@ -178,34 +186,40 @@ class DeviceSearch:
             self._planned = None
         return fed
 
-    def closed(self, fed: Sequence[_Sentence], status: NDArray[np.int32]) -> list[_Sentence]:
-        """Which of the sentences of a step have ended by its status int32[P]; those removed meanwhile are left out."""
-        live = set(map(id, self._sentences))
-        return [s for s in fed if status[s.spec.source_slot] and id(s) in live]
+    def close(self, fed: Sequence[_Sentence], status: NDArray[np.int32]) -> list[_Sentence]:
+        """Take out the sentences of a step that have ended by its status int32[P]; those removed meanwhile are left out.
 
-    def read(self, sentences: Sequence[_Sentence], status: NDArray[np.int32]) -> list[SearchOutcome]:
-        """Results of sentences that ended, which leave the search: their rows and slots are free."""
-        slots = torch.tensor([s.spec.source_slot for s in sentences], device=self.device)
-        rows = [list(s.spec.beam_rows) + [0] * (MAX_BEAMS - len(s.spec.beam_rows)) for s in sentences]
-        length = max(s.num_tokens for s in sentences) + 1
-        hypotheses = self.tables.hypotheses[slots].cpu().numpy()
-        scores = self.tables.hypothesis_score[slots].cpu().numpy()
-        history = self.tables.history[:, :length][torch.tensor(rows, device=self.device)].cpu().numpy()
-        gone = set(map(id, sentences))
-        self._sentences = [s for s in self._sentences if id(s) not in gone]
-        self._planned = None
-        chosen = [
-            (i, j)
-            for i, s in enumerate(sentences)
-            for j in range(s.spec.options.num_hypotheses)
-            if hypotheses[i, j, 0] and status[s.spec.source_slot] != BROKEN
-        ]
-        found: list[list[ScoredTokens]] = [[] for _ in sentences]
-        for (i, j), tokens in zip(chosen, _trace(history, hypotheses, chosen), strict=True):
-            found[i].append(ScoredTokens(tuple(tokens), float(scores[i, j])))
-        return [
-            _outcome(s.spec, found[i], is_broken=bool(status[s.spec.source_slot] == BROKEN)) for i, s in enumerate(sentences)
-        ]
+        Their rows and slots must stay untouched until `read`.
+        """
+        if not status.any():
+            return []
+        live = set(map(id, self._sentences))
+        closed = [s for s in fed if status[s.spec.source_slot] and id(s) in live]
+        if closed:
+            gone = set(map(id, closed))
+            self._sentences = [s for s in self._sentences if id(s) not in gone]
+            self._planned = None
+        return closed
+
+    def read(self, closed: Sequence[_Sentence], status: NDArray[np.int32]) -> list[SearchOutcome]:
+        """Results of sentences that were closed with this status; waits for the current stream only."""
+        slots = to_device(np.array([s.spec.source_slot for s in closed], dtype=np.int32), self.device)
+        rows = to_device(np.array([row for s in closed for row in s.spec.beam_rows], dtype=np.int32), self.device)
+        length = max(s.num_tokens for s in closed) + 1
+        tables = self.tables
+        hypotheses, scores, history = to_host(
+            tables.hypotheses.index_select(0, slots),
+            tables.hypothesis_score.index_select(0, slots),
+            tables.history[:, :length].index_select(0, rows),
+        )
+        outcomes, start = [], 0
+        for i, sentence in enumerate(closed):
+            stop = start + len(sentence.spec.beam_rows)
+            is_broken = bool(status[sentence.spec.source_slot] == BROKEN)
+            found = [] if is_broken else _trace(history[start:stop], hypotheses[i], scores[i], sentence.spec)
+            outcomes.append(_outcome(sentence.spec, found, is_broken=is_broken))
+            start = stop
+        return outcomes
 
     def _upload(self, fed: Sequence[_Sentence]) -> StepShape:
         slots = np.array([s.spec.source_slot for s in fed], dtype=np.int32)
@@ -230,12 +244,6 @@ class DeviceSearch:
         return StepShape(next(b for b in self._buckets if b >= num_entries), candidates, ngrams)
 
 
-def to_device(array: NDArray[np.int32] | NDArray[np.float32], device: torch.device) -> Tensor:
-    """Copy without waiting for the device: through pinned memory, which torch keeps until the copy is done."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
 def _record(spec: SearchSpec) -> list[int]:
     options = spec.options
     flags = STOPS_WHEN_FULL * (options.early_stopping is True)
@@ -252,21 +260,26 @@ def _normalizers(length_penalty: float, width: int) -> NDArray[np.float32]:
     return (lengths**length_penalty).float().numpy()
 
 
-def _trace(history: NDArray[np.int32], hypotheses: NDArray[np.int32], chosen: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Tokens of the chosen hypotheses (sentence, place), from the forced token on, followed back through their parents."""
-    if not chosen:
-        return []
-    sentence = np.array([i for i, _ in chosen])
-    _, beam, last, length = (hypotheses[sentence, [j for _, j in chosen], field] for field in range(4))
-    tokens = np.zeros((len(chosen), int(length.max()) + 1), dtype=np.int64)
-    tokens[np.arange(len(chosen)), length] = last
-    beam = beam.copy()
-    for t in range(int(length.max()) - 1, 0, -1):
-        inside = t < length
-        at = history[sentence, beam, t]
-        tokens[inside, t] = at[inside, 0]
-        beam = np.where(inside, at[:, 1], beam)
-    return [tokens[i, 1 : n + 1].tolist() for i, n in enumerate(length)]
+def _trace(
+    history: NDArray[np.int32], hypotheses: NDArray[np.int32], scores: NDArray[np.float32], spec: SearchSpec
+) -> list[ScoredTokens]:
+    """Finished hypotheses of one sentence, best first: their tokens from the forced one on, followed back through their
+    parents. history [beams, T, 2]; hypotheses [8, 4] and scores [8] as in BeamTables."""
+    width = history.shape[1]
+    cells = history.reshape(
+        -1
+    ).tolist()  # one flat list: nested ones would be thousands of objects for the garbage collector
+    found: list[ScoredTokens] = []
+    for (is_done, beam, last, length), score in zip(hypotheses.tolist(), scores.tolist(), strict=True):
+        if not is_done or len(found) == spec.options.num_hypotheses:
+            break
+        tokens, origin = [last], beam
+        for t in range(length - 1, 0, -1):
+            place = 2 * (origin * width + t)
+            tokens.append(cells[place])
+            origin = cells[place + 1]
+        found.append(ScoredTokens(tuple(tokens[::-1]), score))
+    return found
 
 
 def _outcome(spec: SearchSpec, hypotheses: Sequence[ScoredTokens], *, is_broken: bool) -> SearchOutcome:

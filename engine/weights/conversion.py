@@ -7,14 +7,11 @@ each expert matrix as `<name>.codes` and `<name>.scales`. Loading it gives bit f
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,6 +27,7 @@ from engine.weights.mapping import (
     expected_specs,
     is_expert_matrix,
 )
+from engine.weights.shards import ShardWriter
 from engine.weights.validation import check_specs
 
 _COPIED_FILES = (
@@ -71,7 +69,7 @@ def convert(
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as temporary:
         partial = Path(temporary) / "converted"
         partial.mkdir()
-        writer = _ShardWriter(partial, max_shard_bytes)
+        writer = ShardWriter(partial, max_shard_bytes)
         errors = _convert_tensors(paths, len(specs), scheme, writer, progress=progress)
         manifest = Manifest(scheme.name, writer.close(), {path.name: _sha256(path) for path in paths}, errors)
         manifest.write(partial)
@@ -83,7 +81,7 @@ def convert(
 
 
 def _convert_tensors(
-    paths: list[Path], num_tensors: int, scheme: QuantScheme, writer: _ShardWriter, *, progress: bool
+    paths: list[Path], num_tensors: int, scheme: QuantScheme, writer: ShardWriter, *, progress: bool
 ) -> dict[str, float]:
     """Feed every tensor to the writer, experts quantized; relative error by matrix name."""
     errors: dict[str, float] = {}
@@ -104,38 +102,6 @@ def _convert_tensors(
             embedding = tensor if name == EMBEDDING_NAME else embedding
             writer.add({name: tensor})
     return errors
-
-
-@dataclass(slots=True)
-class _ShardWriter:
-    """Collects tensors and writes a shard whenever `max_shard_bytes` are together; one `add` stays in one shard."""
-
-    directory: Path
-    max_shard_bytes: int
-    _pending: dict[str, Tensor] = field(default_factory=dict)
-    _pending_bytes: int = 0
-    _names: list[str] = field(default_factory=list)
-
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
-            self._flush()
-        self._pending.update({name: tensor.contiguous() for name, tensor in tensors.items()})
-        self._pending_bytes += size
-
-    def close(self) -> tuple[str, ...]:
-        self._flush()
-        return tuple(self._names)
-
-    def _flush(self) -> None:
-        name = f"quantized-{len(self._names) + 1:05d}.safetensors"
-        path = self.directory / name
-        save_file(self._pending, path, metadata={"format": "pt"})
-        with path.open("rb") as shard:
-            os.fsync(shard.fileno())
-        self._names.append(name)
-        self._pending.clear()
-        self._pending_bytes = 0
 
 
 def _sha256(path: Path) -> str:

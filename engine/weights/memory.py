@@ -27,17 +27,18 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def check_memory(config: ModelConfig, engine_config: EngineConfig, available: int | None) -> None:
-    """Raise InsufficientMemoryError when weights and cache of the plan exceed `available` bytes (None: unknown, passes)."""
+    """Raise InsufficientMemoryError when what is planned exceeds `available` bytes (None: unknown, passes)."""
     plan = plan_memory(config, engine_config)
-    if available is None or plan.total_bytes <= available:
+    needed = plan.total_bytes + plan.driver_bytes
+    if available is None or needed <= available:
         return
-    fits = fitting_precisions(config, available - plan.kv_cache_bytes)
+    fits = fitting_precisions(config, available - plan.kv_cache_bytes - plan.workspace_bytes - plan.driver_bytes)
     advice = f"precisions that would fit: {', '.join(fits)}" if fits else "no precision would fit"
     raise InsufficientMemoryError(
-        f"{engine_config.precision} needs {_gb(plan.total_bytes)} on {engine_config.device} "
+        f"{engine_config.precision} needs {_gb(needed)} on {engine_config.device} "
         f"(experts {_gb(plan.experts_bytes)}, rest {_gb(plan.rest_bytes)}, CPU layouts {_gb(plan.layout_copies_bytes)}, "
-        f"KV cache {_gb(plan.kv_cache_bytes)}), but {_gb(available)} are available; {advice} "
-        f"(lower max_rows or max_source_slots for a smaller cache)"
+        f"KV cache {_gb(plan.kv_cache_bytes)}, workspace {_gb(plan.workspace_bytes)}, driver {_gb(plan.driver_bytes)}), "
+        f"but {_gb(available)} are available; {advice} (lower max_rows or max_source_slots for a smaller cache)"
     )
 
 

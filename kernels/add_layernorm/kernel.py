@@ -1,7 +1,35 @@
-"""One program = one row of D features."""
+"""One program = one row of D features, or BLOCK features of one."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _sum_of_slots(
+    delta_ptr,
+    ids_ptr,
+    row,
+    d,
+    mask,
+    D: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Sum over slots in fp32, in slot order. MASKED: slots whose expert id is negative hold garbage and do not count; they
+    are asked for all the same, since to know first would cost the wait for an id. Nobody reads delta after this."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for slot in tl.static_range(SLOTS):
+        ptrs = delta_ptr + (row * SLOTS + slot) * D + d
+        if EVEN:
+            part = tl.load(ptrs, eviction_policy="evict_first").to(tl.float32)
+        else:
+            part = tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if MASKED:
+            part = tl.where(tl.load(ids_ptr + row * SLOTS + slot) >= 0, part, 0.0)
+        total += part
+    return total
 
 
 @triton.jit
@@ -19,24 +47,18 @@ def add_layernorm_kernel(
     MASKED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """residual += sum over slots of delta (fp32, slot order), stored back; out = layer norm of the stored value.
-    SLOTS 0: no delta. MASKED: slots whose expert id is negative hold garbage and are not read."""
-    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    """residual += sum over slots of delta, stored back; out = layer norm of the stored value. SLOTS 0: no delta."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, D_PAD)
     mask = d < D
     weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    if OVERLAP:  # all but the weights may still be being written, and outputs read, by the kernels before
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     x = tl.load(residual_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
     if SLOTS > 0:
-        total = tl.zeros((D_PAD,), tl.float32)
-        for slot in tl.static_range(SLOTS):
-            live = mask
-            if MASKED:
-                live = mask & (tl.load(ids_ptr + row * SLOTS + slot) >= 0)
-            total += tl.load(delta_ptr + (row * SLOTS + slot) * D + d, mask=live, other=0.0).to(tl.float32)
+        total = _sum_of_slots(delta_ptr, ids_ptr, row, d, mask, D, D == D_PAD, D_PAD, SLOTS, MASKED)
         stored = (x + total).to(residual_ptr.dtype.element_ty)
         tl.store(residual_ptr + row * D + d, stored, mask=mask)
         x = stored.to(tl.float32)
@@ -45,3 +67,26 @@ def add_layernorm_kernel(
     variance = tl.sum(centered * centered, 0) / D
     y = centered * tl.rsqrt(variance + eps) * weight + bias
     tl.store(out_ptr + row * D + d, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_slots_kernel(
+    residual_ptr,
+    delta_ptr,
+    ids_ptr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MASKED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """residual += sum over slots of delta, stored back: what `add_layernorm_kernel` does before its norm, same bits."""
+    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = d < D
+    x = tl.load(residual_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
+    total = _sum_of_slots(delta_ptr, ids_ptr, row, d, mask, D, D % BLOCK == 0, BLOCK, SLOTS, MASKED)
+    tl.store(residual_ptr + row * D + d, (x + total).to(residual_ptr.dtype.element_ty), mask=mask)

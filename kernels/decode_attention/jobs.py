@@ -16,7 +16,20 @@ def decode_attention_jobs(d_model: int, num_heads: int, dtype: torch.dtype) -> l
     scale = scale_log2(head_dim)
     own = self_constants(num_heads, head_dim, dtype, SELF_TILES[head_dim])
     cross = cross_constants(num_heads, head_dim, CROSS_TILES[head_dim])
-    return [
-        (_MODULE, "decode_self_attention_kernel", (dtype, dtype, *(i32,) * 3, dtype, 320, 3072, 65536, 129, scale), own),
-        (_MODULE, "decode_cross_attention_kernel", (dtype, dtype, *(i32,) * 4, dtype, 3072, 65536, scale), cross),
-    ]
+    jobs: list[Job] = []
+    for ahead in ({"AHEAD": False}, {"AHEAD": True}):
+        jobs += [
+            (
+                _MODULE,
+                "decode_self_attention_kernel",
+                (dtype, dtype, *(i32,) * 3, dtype, 320, 3072, 65536, 129, scale),
+                own | ahead,
+            ),
+            (
+                _MODULE,
+                "decode_cross_attention_kernel",
+                (dtype, dtype, *(i32,) * 4, dtype, 3072, 65536, scale),
+                cross | ahead,
+            ),
+        ]
+    return jobs

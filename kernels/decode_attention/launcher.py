@@ -12,6 +12,9 @@ import torch
 from kernels.launch import check, overlap
 
 MAX_GROUP = 16  # entries of one source slot that a program takes: the smallest number of rows of a tensor-core dot
+MAX_AHEAD = (
+    1584  # programs that find room at once (12 on each of 132 multiprocessors): more would only wait in each other's way
+)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -46,6 +49,7 @@ def decode_self_attention(
     num_heads: int,
     out: torch.Tensor | None = None,
     tiles: SelfTiles | None = None,
+    history_ready: bool = False,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(Dh)) v of every entry over positions 0..positions[e] of its hypothesis -> out [R, D].
 
@@ -55,6 +59,8 @@ def decode_self_attention(
     cells[rows[e], positions[e]], earlier ones in cells[ancestry[rows[e], t], t]. No other cell and no other column of
     ancestry is read. Rows, positions and ancestry within bounds are the caller's duty: they are not looked at here.
     Softmax and sums in fp32. One launch whose time follows positions. Same bits whatever else is in the batch.
+    history_ready: the caller knows that no launch still running when this one may start (see `kernels.launch`) writes rows,
+    positions, ancestry or earlier cells: then few entries read their first cells before they wait for q.
     Raises ValueError for shapes, types or strides that do not fit.
     """
     num_entries, head_dim = _check_queries(q, num_heads)
@@ -85,6 +91,7 @@ def decode_self_attention(
         ancestry.stride(0),
         scale_log2(head_dim),
         **self_constants(num_heads, head_dim, q.dtype, tiles),
+        AHEAD=history_ready and num_entries * num_heads <= MAX_AHEAD,
         **overlap(q),
     )
     return out
@@ -101,6 +108,7 @@ def decode_cross_attention(
     num_heads: int,
     out: torch.Tensor | None = None,
     tiles: CrossTiles | None = None,
+    source_ready: bool = False,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(Dh)) v of every entry over the source sentence of its group -> out [R, D].
 
@@ -109,6 +117,8 @@ def decode_cross_attention(
     source slot group_slots[g]; all three int32[G]. Slot -1 or count 0: an unused group. Counts up to 16; entries beyond
     are ignored. **Entries of no group are not written**: what `out` held stays (garbage in a fresh one). Indices within
     bounds are the caller's duty. Softmax in fp32. One launch. Same bits whatever the other groups hold.
+    source_ready: the caller knows that no launch still running when this one may start writes anything of this but q: then
+    first cells are read before q is waited for.
     Raises ValueError for shapes, types or strides that do not fit.
     """
     _, head_dim = _check_queries(q, num_heads)
@@ -134,6 +144,7 @@ def decode_cross_attention(
         cross_cells.stride(0),
         scale_log2(head_dim),
         **cross_constants(num_heads, head_dim, tiles or CROSS_TILES[head_dim]),
+        AHEAD=source_ready,
         **overlap(q),
     )
     return out

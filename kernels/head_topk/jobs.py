@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.compile_ahead import Job
-from kernels.head_topk.launcher import chunk_constants, merge_constants, operands
+from kernels.head_topk.launcher import chunk_constants, chunk_options, merge_constants, operands
 from kernels.head_topk.tiles import HeadTiles, default_tiles
 
 _MODULE = "kernels.head_topk.kernel"
@@ -25,16 +25,19 @@ def head_jobs(
     """Jobs that cover one call with these tiles: both launches. logits_stride: whether it is a multiple of 16 matters."""
     f32, i32 = torch.float32, torch.int32
     weight = torch.int8 if bits == 8 else dtype
-    inputs: tuple[object, object, object] = dtype, weight, dtype
+    inputs: tuple[object, ...] = dtype, weight, dtype
     if tiles.tma:  # only the types and block shapes matter: meta tensors have no memory
         x, matrix = (torch.empty(1024, num_features, dtype=t, device="meta") for t in (dtype, weight))
         inputs = operands(x, matrix, tiles)
-    chunk = (*inputs, f32, i32, f32, f32, f32, f32, f32, 320, vocab_size, logits_stride)
+    outputs = (i32, f32, f32, f32, f32, f32, 320, vocab_size, logits_stride)
     merge = (f32, f32, i32, f32, f32, f32, i32, f32, vocab_size, logits_stride)
-    constants = chunk_constants(num_features, k, bits, has_banned, tiles)
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    constants = chunk_constants(num_features, k, bits, has_banned, tiles) | chunk_options(tiles)
+    if tiles.specialized:
+        first: Job = ("kernels.head_topk.specialized", "head_specialized_kernel", (*inputs, *outputs, 1001), constants)
+    else:
+        first = (_MODULE, "head_chunk_kernel", (*inputs, f32, *outputs), constants)
     return [
-        (_MODULE, "head_chunk_kernel", chunk, constants | options),
+        first,
         (_MODULE, "head_merge_kernel", merge, merge_constants(k, vocab_size, has_banned, tiles) | {"num_warps": 4}),
     ]
 
@@ -46,4 +49,20 @@ def default_head_jobs(num_features: int, vocab_size: int, dtype: torch.dtype) ->
         for rows in (16, 32, 1024)
         for bits in (16, 8)
         for job in head_jobs(num_features, vocab_size, 16, bits, default_tiles(rows, dtype), dtype)
+    ]
+
+
+def hopper_head_jobs(num_features: int, vocab_size: int, dtype: torch.dtype) -> list[Job]:
+    """The kernel that only Hopper runs, in every shape of tile that has been worth tuning there."""
+    shapes = (
+        (128, 128, 0, 128, 3),
+        (128, 128, 64, 64, 5),
+        (256, 128, 0, 64, 4),
+        (128, 256, 0, 64, 4),
+        (128, 256, 64, 64, 4),
+    )
+    return [
+        head_jobs(num_features, vocab_size, 16, 16, tiles, dtype)[0]
+        for v, rows, extra, features, stages in shapes
+        for tiles in [HeadTiles(v, rows, extra, features, stages=stages, gated=True, tma=True, specialized=True)]
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from kernels.head_topk.tiles import HeadTiles, select_tiles
 from kernels.launch import check, next_power_of_two, overlap
 
 _MAX_K = 17  # two tokens for each of eight beams, and one
+_MERGE_WARPS = 4
 _MAX_CHUNKS = 8192  # the second launch holds one number for each in registers
 
 
@@ -46,10 +48,14 @@ def head_topk(
     )
     bits = 8 if isinstance(weight, Int8Head) else 16
     tiles = tiles or select_tiles(num_rows, num_features, vocab_size, bits, x.device, x.dtype)
-    num_chunks = -(-vocab_size // tiles.block_vocab)
+    num_chunks = -(-vocab_size // tiles.chunk)
     check(num_chunks <= _MAX_CHUNKS, f"{num_chunks} chunks of the vocabulary; choose tiles with a larger block_vocab")
     # int8 codes come through descriptors wrong now and then (Triton 3.6, H100, 64 rows and more): never asked for.
     check(not (tiles.tma and bits == 8), "tensor descriptors are for 16-bit weights: choose tiles with tma=False")
+    check(
+        not tiles.specialized or (x.dtype != torch.float32 and x.is_cuda and _properties(x.device).major == 9),
+        "specialized tiles need bf16 or fp16 on compute capability 9.x: choose others",
+    )
     check(not tiles.tma or num_features % 16 == 0, f"{num_features} features; tensor descriptors need a multiple of 16")
     if logits_scratch is None:
         logits_scratch = torch.empty((num_rows, -(-vocab_size // 64) * 64), dtype=torch.float32, device=x.device)
@@ -75,11 +81,11 @@ def _launch(
     out: TopTokens,
     tiles: HeadTiles,
 ) -> None:
-    from kernels.head_topk.kernel import head_chunk_kernel, head_merge_kernel
+    from kernels.head_topk.kernel import head_merge_kernel
 
     num_rows, num_features = x.shape
     matrix, scales = (weight.codes, weight.scales) if isinstance(weight, Int8Head) else (weight, logits)
-    num_chunks = -(-vocab_size // tiles.block_vocab)
+    num_chunks = -(-vocab_size // tiles.chunk)
     # two allocations: halves of one might not be aligned, and Triton compiles another kernel for an unaligned pointer
     maxima, sums = logits.new_empty((num_rows, num_chunks)), logits.new_empty((num_rows, num_chunks))
     banned_logits = logits.new_empty(num_rows)
@@ -87,28 +93,29 @@ def _launch(
     constants = chunk_constants(num_features, k, bits, banned is not None, tiles)
     thresholds = logits
     if tiles.gated:
-        thresholds = logits.new_full((num_rows, constants["GROUPS"]), float("-inf"))
-    head_chunk_kernel[(num_chunks * -(-num_rows // (tiles.block_rows + tiles.extra_rows)),)](
-        *operands(x, matrix[:vocab_size], tiles),
-        scales,
-        out.token_ids if banned is None else banned,
-        thresholds,
-        maxima,
-        sums,
-        banned_logits,
-        logits,
-        num_rows,
-        vocab_size,
-        logits.shape[1],
-        **constants,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        **overlap(x),
-    )
+        thresholds = logits.new_full((constants["GROUPS"], num_rows), float("-inf"))
+    inputs = operands(x, matrix[:vocab_size], tiles)
+    given = out.token_ids if banned is None else banned
+    outputs = (thresholds, maxima, sums, banned_logits, logits)
+    num_tiles = -(-vocab_size // tiles.block_vocab) * -(-num_rows // (tiles.block_rows + tiles.extra_rows))
+    sizes = (num_rows, vocab_size, logits.shape[1])
+    if tiles.specialized:
+        from kernels.head_topk.specialized import head_specialized_kernel
+
+        grid = (min(num_tiles, _properties(x.device).multi_processor_count),)
+        head_specialized_kernel[grid](
+            *inputs, given, *outputs, *sizes, num_tiles, **constants, **chunk_options(tiles), **overlap(x)
+        )
+    else:
+        from kernels.head_topk.kernel import head_chunk_kernel
+
+        head_chunk_kernel[(num_tiles,)](
+            *inputs, scales, given, *outputs, *sizes, **constants, **chunk_options(tiles), **overlap(x)
+        )
     head_merge_kernel[(num_rows,)](
         maxima,
         sums,
-        out.token_ids if banned is None else banned,
+        given,
         banned_logits,
         logits,
         out.values,
@@ -117,15 +124,26 @@ def _launch(
         vocab_size,
         logits.shape[1],
         **merge_constants(k, vocab_size, banned is not None, tiles),
-        num_warps=4,
+        num_warps=_MERGE_WARPS,
         **overlap(x),
     )
 
 
-def operands(x: torch.Tensor, matrix: torch.Tensor, tiles: HeadTiles) -> tuple[Any, Any, Any]:
+@functools.cache
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
+
+
+def operands(x: torch.Tensor, matrix: torch.Tensor, tiles: HeadTiles) -> tuple[Any, ...]:
     """The kernel's x, w and x_rest: tensors, or tensor descriptors, whose reads past the end give zeros."""
     if not tiles.tma:
         return x, matrix, x
+    if tiles.specialized:
+        return (
+            _swizzled(x, tiles.block_rows // 2, tiles),
+            _swizzled(matrix, tiles.block_vocab, tiles),
+            _swizzled(x, 64, tiles),
+        )
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     def describe(tensor: torch.Tensor, rows: int) -> Any:
@@ -134,8 +152,37 @@ def operands(x: torch.Tensor, matrix: torch.Tensor, tiles: HeadTiles) -> tuple[A
     return describe(x, tiles.block_rows), describe(matrix, tiles.block_vocab), describe(x, tiles.extra_rows or 16)
 
 
+def _swizzled(tensor: torch.Tensor, rows: int, tiles: HeadTiles) -> Any:
+    """A descriptor that also names the layout of its blocks in shared memory, which Gluon leaves to its user."""
+    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    block = [rows, tiles.block_features]
+    layout = NVMMASharedLayout.get_default_for(block, bfloat16 if tensor.dtype == torch.bfloat16 else float16)
+    return TensorDescriptor.from_tensor(tensor, block, layout)
+
+
+def chunk_options(tiles: HeadTiles) -> dict[str, int]:
+    """Launch options of the first kernel."""
+    if tiles.specialized:
+        return {"num_warps": 4, "maxnreg": 168}  # 12 warps in all, which then share out 3 x 168 registers a lane themselves
+    return {"num_warps": tiles.warps, "num_stages": tiles.stages}
+
+
 def chunk_constants(num_features: int, k: int, bits: int, has_banned: bool, tiles: HeadTiles) -> dict[str, Any]:
-    """Compile-time arguments of `head_chunk_kernel`; the tuner and the compile check build the same ones."""
+    """Compile-time arguments of the first kernel; the tuner and the compile check build the same ones."""
+    if tiles.specialized:
+        return {
+            "D": num_features,
+            "BV": tiles.block_vocab,
+            "BR": tiles.block_rows // 2,
+            "BR2": tiles.extra_rows,
+            "BK": tiles.block_features,
+            "STAGES": tiles.stages,
+            "GROUPS": max(8, next_power_of_two(k)),  # as many as the narrowest product has columns
+            "HAS_BANNED": has_banned,
+            "GATED": tiles.gated,
+        }
     return {
         "D": num_features,
         "BITS": bits,
@@ -154,8 +201,8 @@ def chunk_constants(num_features: int, k: int, bits: int, has_banned: bool, tile
 def merge_constants(k: int, vocab_size: int, has_banned: bool, tiles: HeadTiles) -> dict[str, Any]:
     """Compile-time arguments of `head_merge_kernel`."""
     return {
-        "BV": tiles.block_vocab,
-        "C_PAD": next_power_of_two(-(-vocab_size // tiles.block_vocab)),
+        "BV": tiles.chunk,
+        "C_PAD": next_power_of_two(-(-vocab_size // tiles.chunk)),
         "K": k,
         "K_PAD": next_power_of_two(k),
         "HAS_BANNED": has_banned,

@@ -23,6 +23,8 @@ class HeadTiles:
     weights (128 + 32 cuts 320 rows without waste). block_features: inputs a step. slice_rows: rows whose maxima and sums are
     taken at a time: fewer need fewer registers, more need fewer barriers. gated: skip storing logits of chunks that cannot
     hold a result (meant for a few dozen rows and more). tma: load through tensor descriptors (D a multiple of 16).
+    specialized: Hopper's own kernel for 16-bit weights (`kernels.head_topk.specialized`): block_rows are cut in two halves
+    for its two groups of 4 warps, extra_rows are shared; slice_rows has no meaning there.
     """
 
     block_vocab: int
@@ -34,6 +36,7 @@ class HeadTiles:
     slice_rows: int = 32
     gated: bool = False
     tma: bool = False
+    specialized: bool = False
 
     def __post_init__(self) -> None:
         check(self.block_vocab in (16, 32, 64, 128, 256), f"block_vocab is {self.block_vocab}; choose 16 to 256")
@@ -41,6 +44,19 @@ class HeadTiles:
         check(self.extra_rows in (0, 16, 32, 64, 128), f"extra_rows is {self.extra_rows}; choose 0 or 16 to 128")
         check(self.slice_rows in (16, 32, 64, 128), f"slice_rows is {self.slice_rows}; choose 16 to 128")
         check(self.block_features in (16, 32, 64, 128), f"block_features is {self.block_features}; choose 16 to 128")
+        if self.specialized:
+            check(
+                self.block_vocab in (128, 256)
+                and self.block_rows in (128, 256)
+                and self.extra_rows in (0, 64)
+                and (self.warps, self.tma) == (4, True),
+                "specialized tiles: block_vocab and block_rows 128 or 256, extra_rows 0 or 64, warps=4, tma=True",
+            )
+
+    @property
+    def chunk(self) -> int:
+        """Logits that share one maximum and one sum of exponentials."""
+        return self.block_vocab // 2 if self.specialized else self.block_vocab
 
 
 def default_tiles(num_rows: int, dtype: torch.dtype) -> HeadTiles:

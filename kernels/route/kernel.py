@@ -1,10 +1,94 @@
-"""Two launches: gate GEMM with softmax and top-k, then expert order without any talk between programs.
+"""The router in two launches (gate GEMM with softmax and top-k; expert order), or in one where tokens are few.
 
 T tokens, D d_model, E experts (E_PAD the next power of two), P = T * TOP_K pairs.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _add_product(acc, x, w, THIRDS: tl.constexpr):
+    """acc + x w as in fp32. THIRDS: x holds bf16, and w is the sum of three bf16, exactly: three products. Else tf32x3:
+    16-bit x is exact in tf32, w is split in two."""
+    if THIRDS:
+        w = w.to(tl.float32)
+        high = w.to(x.dtype)
+        rest = w - high.to(tl.float32)
+        middle = rest.to(x.dtype)
+        low = (rest - middle.to(tl.float32)).to(x.dtype)
+        acc = tl.dot(x, low, acc)
+        acc = tl.dot(x, middle, acc)
+        acc = tl.dot(x, high, acc)
+    else:
+        acc = tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="tf32x3")
+    return acc
+
+
+@triton.jit
+def _sum_of_parts(ptrs, stride, live, bias_ptr, e, E: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Logits [BT, E_PAD]: parts added in order, then the bias."""
+    total = tl.load(ptrs, mask=live[:, None], other=0.0, cache_modifier=".cg")
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(ptrs + part * stride, mask=live[:, None], other=0.0, cache_modifier=".cg")
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+    return total
+
+
+@triton.jit
+def _lowest(is_it, e, E: tl.constexpr):
+    """The first expert of each row of which something is true; the last one where it is of none (rows of NaN)."""
+    return tl.minimum(tl.min(tl.where(is_it, e[None, :], E), 1), E - 1)
+
+
+@triton.jit
+def _choose(
+    logits,
+    rows,
+    live,
+    e,
+    active_ptr,
+    ids_ptr,
+    gates_ptr,
+    gate_scale,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
+    EPS: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Store experts and gates of some tokens; returns first and second choice (twice the first for top-1), -1 where
+    inactive."""
+    active = live
+    if HAS_ACTIVE:
+        active = live & (tl.load(active_ptr + rows, mask=live, other=0) != 0)
+    logits = tl.where((e < E)[None, :], logits, float("-inf"))
+    peak = tl.max(logits, 1)
+    exp = tl.exp(logits - peak[:, None])
+    total = tl.sum(exp, 1)
+    probs = (exp / total[:, None]).to(dtype).to(tl.float32)
+    p1 = tl.max(probs, 1)
+    best = _lowest(probs == p1[:, None], e, E)
+    first = tl.where(active, best, -1)
+    second = first
+    if TOP_K == 1:
+        tl.store(ids_ptr + rows, first, mask=live)
+        tl.store(gates_ptr + rows, tl.where(active, p1 * gate_scale, 0.0), mask=live)
+    else:
+        rest = tl.where(e[None, :] == best[:, None], float("-inf"), logits)
+        second_peak = tl.max(rest, 1)
+        next_best = _lowest(rest == second_peak[:, None], e, E)
+        p2 = (tl.exp(second_peak - peak) / total).to(dtype).to(tl.float32)
+        both = tl.maximum((p1 + p2).to(dtype).to(tl.float32), EPS)
+        g1 = (p1 / both).to(dtype).to(tl.float32) * gate_scale
+        g2 = (p2 / both).to(dtype).to(tl.float32) * gate_scale
+        second = tl.where(active, next_best, -1)
+        tl.store(ids_ptr + rows * 2, first, mask=live)
+        tl.store(ids_ptr + rows * 2 + 1, second, mask=live)
+        tl.store(gates_ptr + rows * 2, tl.where(active, g1, 0.0), mask=live)
+        tl.store(gates_ptr + rows * 2 + 1, tl.where(active, g2, 0.0), mask=live)
+    return first, second
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -26,68 +110,118 @@ def gate_kernel(
     BT: tl.constexpr,
     KC: tl.constexpr,
     SPLIT: tl.constexpr,
+    EXPERT_PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    THIRDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     EPS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program = BT tokens and one of SPLIT parts of D. With SPLIT > 1 the last program of a token block adds the
-    parts in
-    order (fp32 partial logits [SPLIT, T, E_PAD]) and leaves the block's semaphore at zero."""
-    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    """One program = BT tokens, one of SPLIT parts of D, one of EXPERT_PARTS parts of the experts. The last program of a
+    token block adds the parts of D in order (fp32 partial logits [SPLIT, T, E_PAD]) and leaves the block's semaphore at
+    zero."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     block = tl.program_id(0)
-    split = tl.program_id(1)
+    split = tl.program_id(1) // EXPERT_PARTS
+    BE: tl.constexpr = E_PAD // EXPERT_PARTS
+    n = tl.program_id(1) % EXPERT_PARTS * BE + tl.arange(0, BE)
+    k = tl.arange(0, KC)
+    STEPS: tl.constexpr = (D + KC * SPLIT - 1) // (KC * SPLIT)
+    EVEN: tl.constexpr = D % (KC * SPLIT) == 0 and E == E_PAD
+    first_k = split * (STEPS * KC)
     rows = block * BT + tl.arange(0, BT)
     live = rows < T
+    w_ptrs = w_ptr + n[None, :] * D + (first_k + k)[:, None]
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * D + (first_k + k)[None, :]
+    acc = tl.zeros((BT, BE), dtype=tl.float32)
+    if STEPS == 1:  # weights are nobody's output: they are on their way while the kernel before still runs
+        w = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=(n < E)[None, :] & (first_k + k < D)[:, None], other=0.0)
+    if OVERLAP:  # all but the weights may still be being written, and outputs read, by the kernels before
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if STEPS == 1:
+        there = live[:, None] if EVEN else live[:, None] & (first_k + k < D)[None, :]
+        x = tl.load(x_ptrs, mask=there, other=0.0)
+        acc = _add_product(acc, x, w, THIRDS)
+    else:
+        for step in tl.range(0, STEPS, num_stages=STAGES):
+            if EVEN:
+                w = tl.load(w_ptrs + step * KC)
+                x = tl.load(x_ptrs + step * KC, mask=live[:, None], other=0.0)
+            else:
+                at = first_k + step * KC + k
+                w = tl.load(w_ptrs + step * KC, mask=(n < E)[None, :] & (at < D)[:, None], other=0.0)
+                x = tl.load(x_ptrs + step * KC, mask=live[:, None] & (at < D)[None, :], other=0.0)
+            acc = _add_product(acc, x, w, THIRDS)
     e = tl.arange(0, E_PAD)
-    k = tl.arange(0, KC)
-    acc = tl.zeros((BT, E_PAD), dtype=tl.float32)
-    PART: tl.constexpr = (D + KC * SPLIT - 1) // (KC * SPLIT) * KC
-    for step in range(0, PART, KC):
-        at = split * PART + step + k
-        x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * D + at[None, :], mask=live[:, None] & (at < D)[None, :], other=0.0)
-        w = tl.load(w_ptr + e[None, :] * D + at[:, None], mask=(e < E)[None, :] & (at < D)[:, None], other=0.0)
-        acc = tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="tf32x3")
-    last = True
-    if SPLIT > 1:
-        part_ptrs = partial_ptr + rows.to(tl.int64)[:, None] * E_PAD + e[None, :]
-        stride = T.to(tl.int64) * E_PAD
-        tl.store(part_ptrs + split * stride, acc, mask=live[:, None])
-        tl.debug_barrier()  # every thread's stores come before thread 0's release
-        last = tl.atomic_add(semaphore_ptr + block, 1, sem="acq_rel") == SPLIT - 1
-        if last:
-            acc = tl.load(part_ptrs, mask=live[:, None], other=0.0, cache_modifier=".cg")
-            for part in tl.static_range(1, SPLIT):
-                acc += tl.load(part_ptrs + part * stride, mask=live[:, None], other=0.0, cache_modifier=".cg")
-            tl.store(semaphore_ptr + block, 0)
-    if last:
+    if SPLIT * EXPERT_PARTS == 1:
         if HAS_BIAS:
             acc += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
-        logits = tl.where((e < E)[None, :], acc, float("-inf"))
-        exp = tl.exp(logits - tl.max(logits, 1)[:, None])
-        probs = (exp / tl.sum(exp, 1)[:, None]).to(dtype).to(tl.float32)
-        first = tl.minimum(tl.argmax(probs, 1, tie_break_left=True), E - 1)
-        p1 = tl.sum(tl.where(e[None, :] == first[:, None], probs, 0.0), 1)
-        active = live
-        if HAS_ACTIVE:
-            active = live & (tl.load(active_ptr + rows, mask=live, other=0) != 0)
-        if TOP_K == 1:
-            tl.store(ids_ptr + rows, tl.where(active, first, -1), mask=live)
-            tl.store(gates_ptr + rows, tl.where(active, p1 * gate_scale, 0.0), mask=live)
-        else:
-            rest = tl.where(e[None, :] == first[:, None], float("-inf"), logits)
-            second = tl.minimum(tl.argmax(rest, 1, tie_break_left=True), E - 1)
-            p2 = tl.sum(tl.where(e[None, :] == second[:, None], probs, 0.0), 1)
-            total = tl.maximum((p1 + p2).to(dtype).to(tl.float32), EPS)
-            g1 = (p1 / total).to(dtype).to(tl.float32) * gate_scale
-            g2 = (p2 / total).to(dtype).to(tl.float32) * gate_scale
-            tl.store(ids_ptr + rows * 2, tl.where(active, first, -1), mask=live)
-            tl.store(ids_ptr + rows * 2 + 1, tl.where(active, second, -1), mask=live)
-            tl.store(gates_ptr + rows * 2, tl.where(active, g1, 0.0), mask=live)
-            tl.store(gates_ptr + rows * 2 + 1, tl.where(active, g2, 0.0), mask=live)
+        _choose(acc, rows, live, e, active_ptr, ids_ptr, gates_ptr, gate_scale, E, TOP_K, HAS_ACTIVE, EPS, dtype)
+    else:
+        base = partial_ptr + rows.to(tl.int64)[:, None] * E_PAD
+        stride = T.to(tl.int64) * E_PAD
+        tl.store(base + n[None, :] + split * stride, acc, mask=live[:, None])
+        tl.debug_barrier()  # every thread's stores come before thread 0's release
+        if tl.atomic_add(semaphore_ptr + block, 1, sem="acq_rel") == SPLIT * EXPERT_PARTS - 1:
+            logits = _sum_of_parts(base + e[None, :], stride, live, bias_ptr, e, E, SPLIT, HAS_BIAS)
+            tl.store(semaphore_ptr + block, 0)
+            _choose(logits, rows, live, e, active_ptr, ids_ptr, gates_ptr, gate_scale, E, TOP_K, HAS_ACTIVE, EPS, dtype)
+
+
+@triton.jit
+def _store_lists(
+    counts,
+    e,
+    counts_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """Counts, offsets and tile records of all experts, from their counts [E_PAD]."""
+    tiles = (counts + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    ends = tl.cumsum(counts, 0)
+    last_tiles = tl.cumsum(tiles, 0)
+    offsets = ends - counts
+    tl.store(counts_ptr + e, counts, mask=e < E)
+    tl.store(offsets_ptr + e, offsets, mask=e < E)
+    tl.store(offsets_ptr + 1 + e, ends, mask=e == E - 1)
+    tl.store(num_tiles_ptr + tl.zeros((E_PAD,), tl.int32), last_tiles, mask=e == E - 1)
+    records = tiles_ptr + (last_tiles - tiles) * 4
+    for t in range(tl.max(tiles, 0)):
+        mask = t < tiles
+        tl.store(records + t * 4, e, mask=mask)
+        tl.store(records + t * 4 + 1, offsets + t * BLOCK_TOKENS, mask=mask)
+        tl.store(records + t * 4 + 2, tl.minimum(counts - t * BLOCK_TOKENS, BLOCK_TOKENS), mask=mask)
+        tl.store(records + t * 4 + 3, tl.zeros((E_PAD,), tl.int32), mask=mask)
+
+
+@triton.jit
+def _zero(ptr, words, first, stride):
+    """Zero an int32 buffer in pieces of 256 words from word `first` on, `stride` words apart."""
+    for s in range(first, words, stride):
+        word = s + tl.arange(0, 256)
+        tl.store(ptr + word, tl.zeros((256,), tl.int32), mask=word < words)
+
+
+@triton.jit
+def _smaller(ids, expert):
+    """How many of these pairs belong to smaller experts."""
+    return tl.sum(((ids >= 0) & (ids < expert)).to(tl.int32), 0)
+
+
+@triton.jit
+def _place(ids, pair, expert, before, gather_ptr, scatter_ptr):
+    """Store where the pairs of one expert stand in expert order, from position `before` on; returns the next position."""
+    mine = ids == expert
+    position = before + tl.cumsum(mine.to(tl.int32), 0) - 1
+    tl.store(gather_ptr + position, pair, mask=mine)
+    tl.store(scatter_ptr + pair, position, mask=mine)
+    return before + tl.sum(mine.to(tl.int32), 0)
 
 
 @triton.jit(do_not_specialize=["P", "sync_words"])
@@ -106,49 +240,107 @@ def expert_order_kernel(
     E_PAD: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program = one expert: it counts every expert's pairs itself, so it knows where its own begin."""
+    """Program e < E places the pairs of expert e: it counts those of smaller experts itself, so nobody waits for anybody.
+    Program E does the rest: counts, offsets, tiles, inactive pairs, zeroes. ONE_CHUNK: all pairs are in the first CHUNK."""
     if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     expert = tl.program_id(0)
-    e = tl.arange(0, E_PAD)
     lane = tl.arange(0, CHUNK)
-    counts = tl.zeros((E_PAD,), dtype=tl.int32)
-    for c in range(0, P, CHUNK):
-        ids = tl.load(ids_ptr + c + lane, mask=c + lane < P, other=-1)
-        # inactive pairs are counted in the bin of expert 0 and taken out again: a histogram takes no negative value
-        counts += tl.histogram(tl.maximum(ids, 0), E_PAD)
-        counts -= tl.where(e == 0, tl.sum((ids < 0).to(tl.int32), 0), 0)
-    tiles = (counts + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-    own = tl.sum(tl.where(e == expert, counts, 0), 0)
-    offset = tl.sum(tl.where(e < expert, counts, 0), 0)
-    first_tile = tl.sum(tl.where(e < expert, tiles, 0), 0)
-    tl.store(counts_ptr + expert, own)
-    tl.store(offsets_ptr + expert, offset)
-    if expert == E - 1:
-        tl.store(offsets_ptr + E, offset + own)
-        tl.store(num_tiles_ptr, tl.sum(tiles, 0))
-    for t in range(0, own, BLOCK_TOKENS * 32):
-        tile = t // BLOCK_TOKENS + tl.arange(0, 32)
-        mask = tile * BLOCK_TOKENS < own
-        record = tiles_ptr + (first_tile + tile) * 4
-        tl.store(record, tl.zeros((32,), tl.int32) + expert, mask=mask)
-        tl.store(record + 1, offset + tile * BLOCK_TOKENS, mask=mask)
-        tl.store(record + 2, tl.minimum(own - tile * BLOCK_TOKENS, BLOCK_TOKENS), mask=mask)
-        tl.store(record + 3, tl.zeros((32,), tl.int32), mask=mask)
-    for s in range(expert * 256, sync_words, E * 256):
-        word = s + tl.arange(0, 256)
-        tl.store(sync_ptr + word, tl.zeros((256,), tl.int32), mask=word < sync_words)
-    done = offset
-    for c in range(0, P, CHUNK):
-        pair = c + lane
-        ids = tl.load(ids_ptr + pair, mask=pair < P, other=-1)
-        mine = ids == expert
-        position = done + tl.cumsum(mine.to(tl.int32), 0) - 1
-        tl.store(gather_ptr + position, pair, mask=mine)
-        tl.store(scatter_ptr + pair, position, mask=mine)
-        done += tl.sum(mine.to(tl.int32), 0)
-        if expert == 0:
-            tl.store(scatter_ptr + pair, tl.zeros((CHUNK,), tl.int32) - 1, mask=(ids < 0) & (pair < P))
+    if expert < E:
+        if ONE_CHUNK:
+            ids = tl.load(ids_ptr + lane, mask=lane < P, other=-1)
+            _place(ids, lane, expert, _smaller(ids, expert), gather_ptr, scatter_ptr)
+        else:
+            before = expert * 0
+            for c in range(0, P, CHUNK):
+                before += _smaller(tl.load(ids_ptr + c + lane, mask=c + lane < P, other=-1), expert)
+            for c in range(0, P, CHUNK):
+                ids = tl.load(ids_ptr + c + lane, mask=c + lane < P, other=-1)
+                before = _place(ids, c + lane, expert, before, gather_ptr, scatter_ptr)
+    else:
+        _zero(sync_ptr, sync_words, 0, 256)
+        e = tl.arange(0, E_PAD)
+        counts = tl.zeros((E_PAD,), dtype=tl.int32)
+        for c in range(0, P, CHUNK):
+            ids = tl.load(ids_ptr + c + lane, mask=c + lane < P, other=-1)
+            tl.store(scatter_ptr + c + lane, tl.zeros((CHUNK,), tl.int32) - 1, mask=(ids < 0) & (c + lane < P))
+            counts += tl.histogram(tl.maximum(ids, 0), E_PAD, mask=ids >= 0)
+        _store_lists(counts, e, counts_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, E, E_PAD, BLOCK_TOKENS)
+
+
+@triton.jit(do_not_specialize=["T", "sync_words"])
+def route_few_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    active_ptr,
+    partial_ptr,
+    semaphore_ptr,
+    ids_ptr,
+    gates_ptr,
+    counts_ptr,
+    offsets_ptr,
+    gather_ptr,
+    scatter_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    sync_ptr,
+    T,
+    sync_words,
+    gate_scale,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BT: tl.constexpr,
+    KC: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
+    EPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """At most BT tokens. One program = KC features of D; the last one adds the parts in order, chooses and orders."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    SPLIT: tl.constexpr = (D + KC - 1) // KC
+    split = tl.program_id(0)
+    e = tl.arange(0, E_PAD)
+    at = split * KC + tl.arange(0, KC)
+    rows = tl.arange(0, BT)
+    live = rows < T
+    w = tl.load(w_ptr + e[None, :] * D + at[:, None], mask=(e < E)[None, :] & (at < D)[:, None], other=0.0)
+    if OVERLAP:  # all but the weights may still be being written, and outputs read, by the kernels before
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    inside = live[:, None] & (at < D)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * D + at[None, :], mask=inside, other=0.0)
+    _zero(sync_ptr, sync_words, split * 256, SPLIT * 256)
+    logits = tl.zeros((BT, E_PAD), dtype=tl.float32)
+    logits = tl.dot(x.to(tl.float32), w.to(tl.float32), logits, input_precision="tf32x3")
+    base = partial_ptr + rows[:, None] * E_PAD + e[None, :]
+    tl.store(base + split * (T * E_PAD), logits, mask=live[:, None])
+    tl.debug_barrier()  # every thread's stores come before thread 0's release
+    if tl.atomic_add(semaphore_ptr, 1, sem="acq_rel") == SPLIT - 1:
+        total = _sum_of_parts(base, T * E_PAD, live, bias_ptr, e, E, SPLIT, HAS_BIAS)
+        tl.store(semaphore_ptr, 0)
+        first, second = _choose(
+            total, rows, live, e, active_ptr, ids_ptr, gates_ptr, gate_scale, E, TOP_K, HAS_ACTIVE, EPS, dtype
+        )
+        PAIRS: tl.constexpr = BT * TOP_K
+        ids = first
+        if TOP_K == 2:
+            ids = tl.reshape(tl.join(first, second), (PAIRS,))
+        pair = tl.arange(0, PAIRS)
+        key = tl.where(ids < 0, E, ids)
+        # pairs of smaller experts, and earlier ones of the same, stand before a pair
+        before = (key[None, :] < key[:, None]) | ((key[None, :] == key[:, None]) & (pair[None, :] < pair[:, None]))
+        position = tl.sum(before.to(tl.int32), 1)
+        there = pair < T * TOP_K
+        tl.store(gather_ptr + position, pair, mask=there & (ids >= 0))
+        tl.store(scatter_ptr + pair, tl.where(ids < 0, -1, position), mask=there)
+        counts = tl.sum((ids[:, None] == e[None, :]).to(tl.int32), 0)
+        _store_lists(counts, e, counts_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, E, E_PAD, BLOCK_TOKENS)

@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from kernels.launch import check, next_power_of_two, overlap
+from kernels.launch import check, overlap
+from kernels.route.constants import few_constants, gate_constants, order_constants
+from kernels.route.tiles import FEW_TOKENS, GateTiles, select_tiles
 from kernels.routing import Routing, empty_routing
-from kernels.tile_configs import measured_choice
 
-_BLOCK = 16  # tokens a program of the gate GEMM
-
-
-def select_split(d_model: int, num_experts: int, device: torch.device) -> int:
-    """Parts into which D is cut: the measured choice of this device (configs/<device>/route.json), else `gate_split`.
-
-    Neither looks at the number of tokens, so a row's bits do not depend on its batch.
-    """
-    found = measured_choice("route", device, shape={"d": d_model, "e": num_experts}, size=1)
-    return gate_split(d_model, num_experts) if found is None else int(found["split"])
-
-
-def gate_split(d_model: int, num_experts: int) -> int:
-    """Safe on any device: one program reads no more than about 64 KB of gate weights."""
-    split = 1
-    while split < 16 and d_model % (128 * split) == 0 and num_experts * d_model * 4 // split > 65536:
-        split *= 2
-    return split
+_FEWEST_TOKENS_A_BLOCK = 16
 
 
 def semaphores(max_tokens: int, device: torch.device) -> torch.Tensor:
     """Zeroed int32 buffer that `route` needs between calls; every call leaves it zero. One per stream."""
-    return torch.zeros(-(-max_tokens // _BLOCK), dtype=torch.int32, device=device)
+    return torch.zeros(-(-max_tokens // _FEWEST_TOKENS_A_BLOCK), dtype=torch.int32, device=device)
 
 
 def route(
@@ -44,17 +28,20 @@ def route(
     active: torch.Tensor | None = None,
     gate_scale: float = 1.0,
     out: Routing | None = None,
-    split: int | None = None,
+    tiles: GateTiles | None = None,
+    fixed: bool = False,
 ) -> Routing:
     """Choose experts as NLLB-MoE's Top2Router does, and order the pairs by expert.
 
     x fp32/bf16/fp16[T, D]; router_weight fp32/bf16/fp16[E, D]; router_bias [E]; active bool[T] (False: not routed at all).
-    logits = fp32(x) @ fp32(W).T; p = softmax(logits) cast to x's dtype; e1 = argmax(p), e2 = argmax(logits without
-    e1), lowest index
-    on ties; top-2 gates p_i / max(p_e1 + p_e2, eps), rounded to x's dtype as transformers 4.57.6 does; a top-1 gate is p_e1.
-    gate_scale multiplies the gates (NLLB: 1 - moe_token_dropout). block_tokens: pairs a tile (expert_gemm.block_tokens).
-    semaphores: from `semaphores()`. split: parts of D (default: select_split). Two launches, no host sync, same bits
-    every run. Raises ValueError for shapes it cannot take.
+    logits = fp32(x) @ fp32(W).T; p = softmax(logits) cast to x's dtype; e1 = argmax(p), e2 = argmax(logits without e1),
+    lowest index on ties; top-2 gates p_i / max(p_e1 + p_e2, eps), rounded to x's dtype as transformers 4.57.6 does; a top-1
+    gate is p_e1. gate_scale multiplies the gates (NLLB: 1 - moe_token_dropout). block_tokens: pairs a tile
+    (expert_gemm.block_tokens). semaphores: from `semaphores()`.
+
+    Up to FEW_TOKENS tokens one launch, else two; no host sync, same bits every run. fixed, or tiles
+    given (default: select_tiles): always two, so that a row's bits do not depend on the number of tokens either.
+    Raises ValueError for shapes it cannot take.
     """
     num_tokens, d_model = x.shape
     num_experts = router_weight.shape[0]
@@ -62,10 +49,9 @@ def route(
     check(num_experts >= top_k, f"{num_experts} experts cannot give top-{top_k}")
     check(router_weight.shape[1] == d_model, f"router_weight is {tuple(router_weight.shape)}; x wants [E, {d_model}]")
     check(x.is_contiguous() and router_weight.is_contiguous(), "x and router_weight must be contiguous: call .contiguous()")
-    check(
-        semaphores.numel() * _BLOCK >= num_tokens,
-        f"semaphores are for {semaphores.numel() * _BLOCK} tokens; x has {num_tokens}",
-    )
+    capacity = semaphores.numel() * _FEWEST_TOKENS_A_BLOCK
+    check(capacity >= num_tokens, f"semaphores are for {capacity} tokens; x has {num_tokens}")
+    few = num_tokens <= FEW_TOKENS and not fixed and tiles is None
     routing = out or empty_routing(num_tokens, top_k, num_experts, d_model, block_tokens, x.device)
     check(
         routing.expert_ids.shape == (num_tokens, top_k) and routing.block_tokens == block_tokens,
@@ -74,11 +60,53 @@ def route(
     if num_tokens == 0:
         for buffer in (routing.tokens_per_expert, routing.expert_offsets, routing.num_tiles, routing.sync):
             buffer.zero_()
-        return routing
-    split = split or select_split(d_model, num_experts, x.device)
-    _launch_gate(x, router_weight, router_bias, active, semaphores, routing, gate_scale, split)
-    _launch_order(routing)
+    elif few:
+        _launch_few(x, router_weight, router_bias, active, semaphores, routing, gate_scale)
+    else:
+        tiles = tiles or select_tiles(d_model, num_experts, x.device)
+        _launch_gate(x, router_weight, router_bias, active, semaphores, routing, gate_scale, tiles)
+        _launch_order(routing)
     return routing
+
+
+def _launch_few(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    active: torch.Tensor | None,
+    semaphores: torch.Tensor,
+    routing: Routing,
+    gate_scale: float,
+) -> None:
+    from kernels.route.kernel import route_few_kernel
+
+    num_tokens, d_model = x.shape
+    constants = few_constants(d_model, weight.shape[0], routing.top_k, routing.block_tokens, x.dtype)
+    parts = -(-d_model // constants["KC"])
+    route_few_kernel[(parts,)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        weight if active is None else active.view(torch.uint8),
+        torch.empty(parts * num_tokens * constants["E_PAD"], dtype=torch.float32, device=x.device),
+        semaphores,
+        routing.expert_ids,
+        routing.gate_weights,
+        routing.tokens_per_expert,
+        routing.expert_offsets,
+        routing.gather_index,
+        routing.scatter_index,
+        routing.tiles,
+        routing.num_tiles,
+        routing.sync,
+        num_tokens,
+        routing.sync.numel(),
+        gate_scale,
+        HAS_BIAS=bias is not None,
+        HAS_ACTIVE=active is not None,
+        **constants,
+        **overlap(x),
+    )
 
 
 def _launch_gate(
@@ -89,17 +117,16 @@ def _launch_gate(
     semaphores: torch.Tensor,
     routing: Routing,
     gate_scale: float,
-    split: int,
+    tiles: GateTiles,
 ) -> None:
     from kernels.route.kernel import gate_kernel
 
     num_tokens, d_model = x.shape
-    num_experts = weight.shape[0]
-    e_pad = max(16, next_power_of_two(num_experts))
+    constants = gate_constants(d_model, weight.shape[0], routing.top_k, tiles, x.dtype, on_gpu=x.is_cuda)
     partial = routing.gate_weights
-    if split > 1:
-        partial = torch.empty((split, num_tokens, e_pad), dtype=torch.float32, device=x.device)
-    gate_kernel[(-(-num_tokens // _BLOCK), split)](
+    if tiles.split * tiles.expert_parts > 1:
+        partial = torch.empty(tiles.split * num_tokens * constants["E_PAD"], dtype=torch.float32, device=x.device)
+    gate_kernel[(-(-num_tokens // tiles.tokens), tiles.split * tiles.expert_parts)](
         x,
         weight,
         weight if bias is None else bias,
@@ -110,18 +137,9 @@ def _launch_gate(
         routing.gate_weights,
         num_tokens,
         gate_scale,
-        D=d_model,
-        E=num_experts,
-        E_PAD=e_pad,
-        TOP_K=routing.top_k,
-        BT=_BLOCK,
-        KC=min(64, max(16, next_power_of_two(d_model))),
-        SPLIT=split,
         HAS_BIAS=bias is not None,
         HAS_ACTIVE=active is not None,
-        EPS=torch.finfo(x.dtype).eps,
-        num_warps=4 if e_pad <= 32 else 8,
-        num_stages=3,
+        **constants,
         **overlap(x),
     )
 
@@ -130,7 +148,7 @@ def _launch_order(routing: Routing) -> None:
     from kernels.route.kernel import expert_order_kernel
 
     pairs = routing.gather_index.numel()
-    expert_order_kernel[(routing.num_experts,)](
+    expert_order_kernel[(routing.num_experts + 1,)](
         routing.expert_ids,
         routing.tokens_per_expert,
         routing.expert_offsets,
@@ -141,10 +159,6 @@ def _launch_order(routing: Routing) -> None:
         routing.sync,
         pairs,
         routing.sync.numel(),
-        E=routing.num_experts,
-        E_PAD=next_power_of_two(routing.num_experts),
-        BLOCK_TOKENS=routing.block_tokens,
-        CHUNK=min(2048, max(128, next_power_of_two(pairs))),
-        num_warps=4,
+        **order_constants(pairs, routing.num_experts, routing.block_tokens),
         **overlap(routing.expert_ids),
     )

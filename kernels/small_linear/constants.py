@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kernels.launch import next_power_of_two
+from kernels.launch import next_power_of_two, overlap_options
 from kernels.small_linear.tiles import LinearTiles
 
 
@@ -23,7 +23,6 @@ def gemm_constants(
 ) -> dict[str, Any]:
     """For `small_linear_kernel`. norm: its NORM, 0 to 2; hopper: compute capability 9.0 or later; aligned: the weights' rows
     are whole pieces of 16 bytes at addresses that are multiples of 16, as the copy engine takes them."""
-    overlap = tiles.overlap and hopper
     return {
         "N": n,
         "K": k,
@@ -38,19 +37,38 @@ def gemm_constants(
         "RELU": relu,
         "MODE": mode,
         "PREFETCH": tiles.prefetch and hopper and aligned,
-        "OVERLAP": overlap,
         "num_warps": tiles.warps,
-    } | ({"launch_pdl": True} if overlap else {})
+    } | overlap_options(tiles.overlap and hopper)
 
 
-def finish_constants(n: int, k: int, *, norm: bool, relu: bool, mode: int) -> dict[str, Any]:
+def gemv_constants(
+    n: int, k: int, tiles: LinearTiles, *, int8: bool, bias: bool, norm: bool, relu: bool, mode: int, hopper: bool
+) -> dict[str, Any]:
+    """For `gemv_kernel`."""
+    return {
+        "N": n,
+        "K": k,
+        "K_PAD": next_power_of_two(k),
+        "BN": tiles.bn,
+        "BR": tiles.br,
+        "INT8": int8,
+        "BIAS": bias,
+        "NORM": norm,
+        "RELU": relu,
+        "MODE": mode,
+        "num_warps": tiles.warps,
+    } | overlap_options(tiles.overlap and hopper)
+
+
+def finish_constants(n: int, k: int, *, norm: bool, relu: bool, mode: int, hopper: bool) -> dict[str, Any]:
     """For `finish_linear_kernel`; K matters only to a norm."""
     block, k_pad = min(1024, next_power_of_two(n)), next_power_of_two(k) if norm else 1
     sizes = {"N": n, "K": k if norm else 1, "K_PAD": k_pad, "BLOCK": block}
-    return sizes | {"NORM": norm, "RELU": relu, "MODE": mode, "num_warps": min(8, max(1, max(block, k_pad) // 256))}
+    flags = {"NORM": norm, "RELU": relu, "MODE": mode, "num_warps": min(8, max(1, max(block, k_pad) // 256))}
+    return sizes | flags | overlap_options(hopper)
 
 
-def statistics_constants(k: int) -> dict[str, Any]:
+def statistics_constants(k: int, *, hopper: bool) -> dict[str, Any]:
     """For `row_statistics_kernel`."""
     k_pad = next_power_of_two(k)
-    return {"K": k, "K_PAD": k_pad, "num_warps": max(1, min(8, k_pad // 256))}
+    return {"K": k, "K_PAD": k_pad, "num_warps": max(1, min(8, k_pad // 256))} | overlap_options(hopper)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.compile_ahead import Job
-from kernels.small_linear.constants import finish_constants, gemm_constants, statistics_constants
+from kernels.small_linear.constants import finish_constants, gemm_constants, gemv_constants, statistics_constants
 from kernels.small_linear.tiles import LinearTiles
 
 _MODULE = "kernels.small_linear.kernel"
@@ -29,34 +29,26 @@ def linear_jobs(
     index = _I32 if mode == 2 else dtype
     vector = f32 if norm else dtype
     if tiles.library:
-        constants = finish_constants(n, k, norm=norm, relu=relu, mode=mode)
+        constants = finish_constants(n, k, norm=norm, relu=relu, mode=mode, hopper=hopper)
         finish = (vector, dtype, vector, vector, dtype, dtype, index, index, 17, 17, 17, 1e-5)
         return [(_MODULE, "finish_linear_kernel", finish, constants)]
+    weight = torch.int8 if int8 else dtype
+    operands = (dtype, weight, f32 if int8 else dtype, vector, f32 if norm else weight)
+    target = (dtype, dtype, index, index)
+    sizes = (17, 17, 17, 1e-5)
+    if tiles.no_dot:
+        constants = gemv_constants(n, k, tiles, int8=int8, bias=True, norm=norm, relu=relu, mode=mode, hopper=hopper)
+        return [("kernels.small_linear.gemv", "gemv_kernel", (*operands, *target, *sizes), constants)]
     jobs: list[Job] = []
     if norm and not tiles.sums_rows:
-        jobs.append((_MODULE, "row_statistics_kernel", (dtype, f32, 1e-5), statistics_constants(k)))
-    how = 0 if not norm else 1 if tiles.sums_rows else 2
+        jobs.append((_MODULE, "row_statistics_kernel", (dtype, f32, 1e-5), statistics_constants(k, hopper=hopper)))
+    in_loop = 3 if tiles.gram and dtype != f32 else 1
+    how = 0 if not norm else in_loop if tiles.sums_rows else 2
     constants = gemm_constants(
         n, k, tiles, int8=int8, bias=True, norm=how, relu=relu, mode=mode, hopper=hopper, aligned=True
     )
-    weight = torch.int8 if int8 else dtype
-    args = (
-        dtype,
-        weight,
-        f32 if int8 else dtype,
-        vector,
-        f32 if norm else weight,
-        f32 if how == 2 else weight,
-        dtype,
-        dtype,
-        index,
-        index,
-        *((f32, _I32) if tiles.split > 1 else (dtype, dtype)),
-        17,
-        17,
-        17,
-        1e-5,
-    )
+    parts = (f32, _I32) if tiles.split > 1 else (dtype, dtype)
+    args = (*operands, f32 if how == 2 else weight, *target, *parts, *sizes)
     return [*jobs, (_MODULE, "small_linear_kernel", args, constants)]
 
 
@@ -77,6 +69,7 @@ def default_jobs(d_model: int, capability: int) -> list[Job]:
         for bits in (8, 16):
             wanted = {default_tiles(n, k, rows, bits, fixed=False) for rows in (1, 32, 64, 320)}
             wanted |= {default_tiles(n, k, 1, bits, fixed=True), LinearTiles(32, 128, 16, split=4, fuse_norm=False)}
+            wanted.add(LinearTiles(4, br=2))
             if capability >= 90:
                 wanted |= {LinearTiles(16, 256, 16, stages=3, prefetch=True, overlap=overlap) for overlap in (False, True)}
             for tiles in sorted(wanted, key=repr):

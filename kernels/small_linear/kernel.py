@@ -3,12 +3,13 @@
 A layer norm in front is folded into the weights (`folded.py`): the product is of raw rows, and what the norm asks of each
 row, y = rstd * (x W'^T - mean * s) + c, is applied to the sums.
 
-R rows, N output features, K input features. MODE 0: out [R, N]; 1: out is the residual, added to in place; 2: queries
-[R, N/3] to out, keys and values into the cache cells [cells, positions, 2, N/3].
+R rows, N output features, K input features. MODE: see epilogue.py.
 """
 
 import triton
 import triton.language as tl
+
+from kernels.small_linear.epilogue import load_target, store_target, wait_for_inputs
 
 # One thread asks the copy engine to bring [$1, $1 + $2) bytes into L2; $2 is a multiple of 16.
 PREFETCH_PTX = tl.constexpr(
@@ -26,51 +27,6 @@ def _row_statistics(x_row, eps, K: tl.constexpr, K_PAD: tl.constexpr):
     mean = tl.sum(x, 0) / K
     centered = tl.where(mask, x - mean, 0.0)
     return mean, tl.rsqrt(tl.sum(centered * centered, 0) / K + eps)
-
-
-@triton.jit
-def _finish(y, out_ptrs, mask, RELU: tl.constexpr, ADD: tl.constexpr):
-    """ReLU, residual; in fp16 what would round to +-inf becomes +-(65504 - 1000), as NLLB clamps."""
-    if RELU:
-        y = tl.where(y < 0.0, 0.0, y)  # keeps NaN, as torch does
-    if ADD:
-        y += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
-    if out_ptrs.dtype.element_ty == tl.float16:
-        y = tl.where(y >= 65520.0, 64504.0, tl.where(y <= -65520.0, -64504.0, y))
-    return y.to(out_ptrs.dtype.element_ty)
-
-
-@triton.jit
-def _store(
-    y,
-    r,
-    n,
-    live,
-    out_ptr,
-    cells_ptr,
-    rows_ptr,
-    positions_ptr,
-    num_cells,
-    num_positions,
-    N: tl.constexpr,
-    RELU: tl.constexpr,
-    MODE: tl.constexpr,
-):
-    """y fp32 of features n and rows r (each already broadcast to y's shape)."""
-    mask = live & (n < N)
-    if MODE < 2:
-        ptrs = out_ptr + r * N + n
-        tl.store(ptrs, _finish(y, ptrs, mask, RELU, MODE == 1), mask=mask)
-    else:
-        D: tl.constexpr = N // 3
-        ptrs = out_ptr + r * D + n
-        done = _finish(y, ptrs, mask, RELU, False)
-        tl.store(ptrs, done, mask=mask & (n < D))
-        row = tl.load(rows_ptr + r, mask=live, other=-1)
-        position = tl.load(positions_ptr + r, mask=live, other=-1)
-        inside = (row >= 0) & (row < num_cells) & (position >= 0) & (position < num_positions)
-        cell = row.to(tl.int64) * num_positions + position
-        tl.store(cells_ptr + cell * (2 * D) + (n - D), done, mask=mask & inside & (n >= D))
 
 
 @triton.jit(do_not_specialize=["R", "num_cells", "num_positions"])
@@ -110,7 +66,8 @@ def small_linear_kernel(
     parts in order (fp32 [SPLIT, R, N]) and leaves the tile's semaphore at zero. NORM 0: none; 1: sums and squares of the
     rows come from the tiles of the product, less a value near the row's mean, so that no digits are lost where the mean is
     large (fp32 [SPLIT, R, 2] after the parts: programs of other features write the same bits there); 2: mean and
-    1 / standard deviation are read from statistics [R, 2]. In fp32 the product takes rows less that value too."""
+    1 / standard deviation are read from statistics [R, 2]; 3: as 1, but by tensor cores (rows times ones, rows times rows)
+    and of the rows as they are, for 16 bits. In fp32 the product takes rows less that value too."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     row_block = tl.program_id(0)
     n_block = tl.program_id(1)
@@ -128,9 +85,16 @@ def small_linear_kernel(
             tl.inline_asm_elementwise(
                 PREFETCH_PTX, "=r,l,r", [address, rows_here * (K * size)], dtype=tl.int32, is_pure=False, pack=1
             )
-    if OVERLAP:  # all but the weights may have been written by the kernel before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    if INT8:
+        scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)
+    if BIAS:
+        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    if NORM > 0:
+        column_sums = tl.load(column_sums_ptr + n, mask=n < N, other=0.0)
+    wait_for_inputs(OVERLAP)  # all but the weights may have been written by the kernel before
+    at_row, at_n, at_live = r[None, :], n[:, None], live[None, :]
+    if SPLIT == 1:
+        old, row, position = load_target(out_ptr, rows_ptr, positions_ptr, at_row, at_n, at_live, N, MODE)
     FP32: tl.constexpr = dtype == tl.float32
     if NORM == 1:
         if FP32:  # the mean of a row's first features is never further off than a few standard deviations
@@ -140,6 +104,10 @@ def small_linear_kernel(
             shift = tl.load(x_rows, mask=live, other=0.0).to(tl.float32)
         sums = tl.zeros((BK // 8, BR), tl.float32)
         squares = tl.zeros((BK // 8, BR), tl.float32)
+    elif NORM == 3:
+        ones = tl.full((BK, 16), 1.0, dtype)
+        row_sums = tl.zeros((BR, 16), tl.float32)
+        gram = tl.zeros((BR, BR), tl.float32)
     elif NORM == 2:
         shift = tl.load(statistics_ptr + r * 2, mask=live, other=0.0)
         rstd = tl.load(statistics_ptr + r * 2 + 1, mask=live, other=0.0)
@@ -168,11 +136,19 @@ def small_linear_kernel(
                 squares += tl.sum(lanes * lanes, 1)
             if FP32:
                 x = centered
+        if NORM == 3:
+            row_sums = tl.dot(tl.trans(x), ones, row_sums)
+            gram = tl.dot(tl.trans(x), x, gram)
         acc = tl.dot(w.to(dtype), x, acc, input_precision="ieee")
         w_ptrs += BK
     if NORM == 1:
         row_sum = tl.sum(sums, 0)
         row_squares = tl.sum(squares, 0)
+    elif NORM == 3:
+        i = tl.arange(0, BR)
+        row_sum = tl.sum(row_sums, 1) / 16
+        row_squares = tl.sum(tl.where(i[:, None] == i[None, :], gram, 0.0), 1)
+    SUMS: tl.constexpr = NORM % 2 == 1
     last = True
     if SPLIT > 1:
         mask = live[None, :] & (n < N)[:, None]
@@ -180,7 +156,7 @@ def small_linear_kernel(
         stride = R.to(tl.int64) * N
         tl.store(part_ptrs + split * stride, acc, mask=mask)
         row_ptrs = partial_ptr + SPLIT * stride + r * 2
-        if NORM == 1:
+        if SUMS:
             tl.store(row_ptrs + split * R * 2, row_sum, mask=live)
             tl.store(row_ptrs + split * R * 2 + 1, row_squares, mask=live)
         tl.debug_barrier()  # every thread's stores come before thread 0's release
@@ -190,7 +166,7 @@ def small_linear_kernel(
             acc = tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
             for part in tl.static_range(1, SPLIT):
                 acc += tl.load(part_ptrs + part * stride, mask=mask, other=0.0, cache_modifier=".cg")
-            if NORM == 1:
+            if SUMS:
                 row_sum = tl.load(row_ptrs, mask=live, other=0.0, cache_modifier=".cg")
                 row_squares = tl.load(row_ptrs + 1, mask=live, other=0.0, cache_modifier=".cg")
                 for part in tl.static_range(1, SPLIT):
@@ -198,31 +174,35 @@ def small_linear_kernel(
                     row_squares += tl.load(row_ptrs + part * R * 2 + 1, mask=live, other=0.0, cache_modifier=".cg")
             tl.store(semaphore, 0)
     if last:
+        if SPLIT > 1:
+            old, row, position = load_target(
+                out_ptr, rows_ptr, positions_ptr, r[None, :], n[:, None], live[None, :], N, MODE
+            )
         y = acc
         if INT8:
-            y = y * tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
-        if NORM == 1:
+            y *= scale[:, None]
+        if SUMS:
             mean = row_sum / K  # of what is left of the row
             variance = row_squares / K - mean * mean
             rstd = tl.rsqrt(tl.where(variance < 0.0, 0.0, variance) + eps)  # keeps NaN
-            if not FP32:
+            if NORM == 1 and not FP32:
                 mean += shift
         elif NORM == 2:
             mean = tl.zeros((BR,), tl.float32) if FP32 else shift
         if NORM > 0:
-            y -= tl.load(column_sums_ptr + n, mask=n < N, other=0.0)[:, None] * mean[None, :]
-            y *= rstd[None, :]
+            y = (y - column_sums[:, None] * mean[None, :]) * rstd[None, :]
         if BIAS:
-            y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        _store(
+            y += bias[:, None]
+        store_target(
             y,
-            r[None, :],
-            n[:, None],
-            live[None, :],
+            old,
+            row,
+            position,
+            at_row,
+            at_n,
+            at_live,
             out_ptr,
             cells_ptr,
-            rows_ptr,
-            positions_ptr,
             num_cells,
             num_positions,
             N,
@@ -232,8 +212,9 @@ def small_linear_kernel(
 
 
 @triton.jit
-def row_statistics_kernel(x_ptr, statistics_ptr, eps, K: tl.constexpr, K_PAD: tl.constexpr):
+def row_statistics_kernel(x_ptr, statistics_ptr, eps, K: tl.constexpr, K_PAD: tl.constexpr, OVERLAP: tl.constexpr):
     """One program = mean and 1 / standard deviation of one row, for tiles that do not sum up rows themselves."""
+    wait_for_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     mean, rstd = _row_statistics(x_ptr + row * K, eps, K, K_PAD)
     tl.store(statistics_ptr + row * 2, mean)
@@ -261,15 +242,20 @@ def finish_linear_kernel(
     RELU: tl.constexpr,
     MODE: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """What follows a library GEMM: one program = BLOCK features of one row of product [R, N]; NORM: of raw rows, fp32."""
     r = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    y = tl.load(product_ptr + r * N + n, mask=n < N, other=0.0).to(tl.float32)
     if NORM:
-        mean, rstd = _row_statistics(x_ptr + r * K, eps, K, K_PAD)
-        y = (y - tl.load(column_sums_ptr + n, mask=n < N, other=0.0) * mean) * rstd
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0)
+        column_sums = tl.load(column_sums_ptr + n, mask=n < N, other=0.0)
+        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)
+    wait_for_inputs(OVERLAP)
     live = (n < N) & (r < R)
     rows = r + tl.zeros((BLOCK,), tl.int64)
-    _store(y, rows, n, live, out_ptr, cells_ptr, rows_ptr, positions_ptr, num_cells, num_positions, N, RELU, MODE)
+    old, row, position = load_target(out_ptr, rows_ptr, positions_ptr, rows, n, live, N, MODE)
+    y = tl.load(product_ptr + r * N + n, mask=live, other=0.0).to(tl.float32)
+    if NORM:
+        mean, rstd = _row_statistics(x_ptr + r * K, eps, K, K_PAD)
+        y = (y - column_sums * mean) * rstd + bias
+    store_target(y, old, row, position, rows, n, live, out_ptr, cells_ptr, num_cells, num_positions, N, RELU, MODE)

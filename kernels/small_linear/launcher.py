@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
 import torch
 
 from kernels.launch import check
-from kernels.small_linear.constants import finish_constants, gemm_constants, statistics_constants
 from kernels.small_linear.folded import FoldedLinear
-from kernels.small_linear.int8 import Int8Linear
-from kernels.small_linear.scratch import SPLIT_ROWS, LinearScratch, buffer, split_sizes
+from kernels.small_linear.launches import (
+    OUT,
+    QKV,
+    RESIDUAL,
+    Cache,
+    Weight,
+    launch_gemm,
+    launch_library,
+    launch_statistics,
+    stored_matrix,
+)
+from kernels.small_linear.scratch import SPLIT_ROWS, LinearScratch, buffer
 from kernels.small_linear.tiles import LinearTiles, select_tiles
-
-Weight = torch.Tensor | Int8Linear | FoldedLinear
-_OUT, _RESIDUAL, _QKV = 0, 1, 2  # MODE of the kernels
-_IN_LOOP, _GIVEN = 1, 2  # NORM of the kernel: where a row's mean and standard deviation come from
-
-
-@dataclass(frozen=True, slots=True)
-class _Cache:
-    """Where keys and values go: cells [rows, positions, 2, D], and int32[R] each."""
-
-    cells: torch.Tensor
-    rows: torch.Tensor
-    positions: torch.Tensor
 
 
 def small_linear(
@@ -56,7 +49,7 @@ def small_linear(
     """
     n = weight.shape[0]
     check(out is None or residual is None, "the result of a call with a residual is the residual: leave out=None")
-    mode = _OUT if residual is None else _RESIDUAL
+    mode = OUT if residual is None else RESIDUAL
     result = residual if residual is not None else out
     result = x.new_empty((x.shape[0], n)) if result is None else result
     _check_result(result, (x.shape[0], n), x, "out" if residual is None else "residual")
@@ -100,7 +93,7 @@ def qkv_linear(
         )
     q = x.new_empty((x.shape[0], d)) if q_out is None else q_out
     _check_result(q, (x.shape[0], d), x, "q_out")
-    _linear(x, weight, bias, False, _QKV, q, _Cache(cells, rows, positions), tiles, fixed, scratch)
+    _linear(x, weight, bias, False, QKV, q, Cache(cells, rows, positions), tiles, fixed, scratch)
     return q
 
 
@@ -117,7 +110,7 @@ def _check_operands(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) 
     check(x.dtype in (torch.float32, torch.float16, torch.bfloat16), f"x is {x.dtype}; choose float32, float16 or bfloat16")
     n, k = weight.shape
     check(k == x.shape[1], f"weight is [{n}, {k}]; x wants [N, {x.shape[1]}]")
-    matrix, is_int8 = _matrix(weight)
+    matrix, is_int8 = stored_matrix(weight)
     check(matrix.is_contiguous(), "weight must be contiguous: call .contiguous()")
     check(is_int8 or matrix.dtype == x.dtype, f"weight is {matrix.dtype}, x is {x.dtype}: convert one of them")
     check(bias is None or not isinstance(weight, FoldedLinear), "a folded weight has its bias with it: leave bias=None")
@@ -127,12 +120,6 @@ def _check_operands(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) 
     )
 
 
-def _matrix(weight: Weight) -> tuple[torch.Tensor, bool]:
-    """What the GEMM streams, [N, K], and whether it is int8 codes."""
-    stored = weight.weight if isinstance(weight, FoldedLinear) else weight
-    return (stored.codes, True) if isinstance(stored, Int8Linear) else (stored, False)
-
-
 def _linear(
     x: torch.Tensor,
     weight: Weight,
@@ -140,7 +127,7 @@ def _linear(
     relu: bool,
     mode: int,
     result: torch.Tensor,
-    cache: _Cache | None,
+    cache: Cache | None,
     tiles: LinearTiles | None,
     fixed: bool,
     scratch: LinearScratch | None,
@@ -150,152 +137,20 @@ def _linear(
     (n, k), rows = weight.shape, x.shape[0]
     if rows == 0:
         return
-    matrix, is_int8 = _matrix(weight)
+    matrix, is_int8 = stored_matrix(weight)
     folded = isinstance(weight, FoldedLinear)
     tiles = tiles or select_tiles(n, k, rows, matrix.dtype.itemsize * 8, x.device, norm=folded, fixed=fixed)
     check(not (tiles.library and is_int8), "no library GEMM takes int8 weights here: choose tiles with library=False")
     if tiles.library:
-        _library(x, weight, bias, relu, mode, result, cache, scratch)
+        launch_library(x, weight, bias, relu, mode, result, cache, scratch)
         return
     statistics = None
     if isinstance(weight, FoldedLinear) and not tiles.sums_rows:
         statistics = buffer(scratch, "statistics", rows * 2, torch.float32, x.device).view(rows, 2)
-        _launch_statistics(x, weight.eps, statistics)
+        launch_statistics(x, weight.eps, statistics)
     step = rows if tiles.split == 1 else SPLIT_ROWS
     for at in range(0, rows, step):
         part = slice(at, at + step)
-        here = None if cache is None else _Cache(cache.cells, cache.rows[part], cache.positions[part])
+        here = None if cache is None else Cache(cache.cells, cache.rows[part], cache.positions[part])
         known = None if statistics is None else statistics[part]
-        _launch_gemm(x[part], weight, bias, known, relu, mode, result[part], here, tiles, scratch)
-
-
-def _library(
-    x: torch.Tensor,
-    weight: Weight,
-    bias: torch.Tensor | None,
-    relu: bool,
-    mode: int,
-    result: torch.Tensor,
-    cache: _Cache | None,
-    scratch: LinearScratch | None,
-) -> None:
-    """torch's GEMM; a folded one over raw rows leaves fp32, since what the mean takes off may be most of it."""
-    matrix, _ = _matrix(weight)
-    rows, n = x.shape[0], matrix.shape[0]
-    if isinstance(weight, FoldedLinear):
-        product = buffer(scratch, "partial", rows * n, torch.float32, x.device).view(rows, n)
-        if x.dtype == torch.float32:
-            x = x - x.mean(dim=1, keepdim=True)  # else the product's own rounding would grow with the mean
-        if x.dtype == torch.float32 or x.device.type == "cpu":  # torch has no mixed product on the CPU
-            torch.mm(x.float(), matrix.float().T, out=product)
-        else:
-            torch.mm(x, matrix.T, out_dtype=torch.float32, out=product)
-        _launch_finish(product, x, weight, relu, mode, result, cache)
-        return
-    product = result
-    if mode != _OUT:
-        product = buffer(scratch, "product", rows * n, x.dtype, x.device).view(rows, n)
-    if bias is None:
-        torch.mm(x, matrix.T, out=product)
-    else:
-        torch.addmm(bias, x, matrix.T, out=product)
-    if mode != _OUT or relu or x.dtype == torch.float16:
-        _launch_finish(product, x, None, relu, mode, result, cache)
-
-
-def _launch_statistics(x: torch.Tensor, eps: float, statistics: torch.Tensor) -> None:
-    from kernels.small_linear.kernel import row_statistics_kernel
-
-    row_statistics_kernel[(x.shape[0],)](x, statistics, eps, **statistics_constants(x.shape[1]))
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _launch_gemm(
-    x: torch.Tensor,
-    weight: Weight,
-    bias: torch.Tensor | None,
-    statistics: torch.Tensor | None,
-    relu: bool,
-    mode: int,
-    result: torch.Tensor,
-    cache: _Cache | None,
-    tiles: LinearTiles,
-    scratch: LinearScratch | None,
-) -> None:
-    from kernels.small_linear.kernel import small_linear_kernel
-
-    (n, k), rows = weight.shape, x.shape[0]
-    folded = weight if isinstance(weight, FoldedLinear) else None
-    stored = weight.weight if isinstance(weight, FoldedLinear) else weight
-    matrix, is_int8 = _matrix(weight)
-    bias = bias if folded is None else folded.bias
-    norm = 0 if folded is None else _IN_LOOP if statistics is None else _GIVEN
-    floats, blocks = split_sizes(tiles, n, rows, folded=folded is not None)
-    partial = semaphores = result
-    if tiles.split > 1:
-        partial = buffer(scratch, "partial", floats, torch.float32, x.device)
-        semaphores = buffer(scratch, "semaphores", blocks, torch.int32, x.device)
-    small_linear_kernel[(-(-rows // tiles.br), -(-n // tiles.bn), tiles.split)](
-        x,
-        matrix,
-        stored.scales if isinstance(stored, Int8Linear) else matrix,
-        matrix if bias is None else bias,
-        matrix if folded is None else folded.column_sums,
-        matrix if statistics is None else statistics,
-        result,
-        result if cache is None else cache.cells,
-        result if cache is None else cache.rows,
-        result if cache is None else cache.positions,
-        partial,
-        semaphores,
-        rows,
-        0 if cache is None else cache.cells.shape[0],
-        0 if cache is None else cache.cells.shape[1],
-        0.0 if folded is None else folded.eps,
-        **gemm_constants(
-            n,
-            k,
-            tiles,
-            int8=is_int8,
-            bias=bias is not None,
-            norm=norm,
-            relu=relu,
-            mode=mode,
-            hopper=_is_hopper(x.device),
-            aligned=x.dtype != torch.float32 and k * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0,
-        ),
-    )
-
-
-def _launch_finish(
-    product: torch.Tensor,
-    x: torch.Tensor,
-    folded: FoldedLinear | None,
-    relu: bool,
-    mode: int,
-    result: torch.Tensor,
-    cache: _Cache | None,
-) -> None:
-    from kernels.small_linear.kernel import finish_linear_kernel
-
-    rows, n = product.shape
-    constants = finish_constants(n, x.shape[1], norm=folded is not None, relu=relu, mode=mode)
-    finish_linear_kernel[(rows, -(-n // constants["BLOCK"]))](
-        product,
-        x,
-        product if folded is None else folded.column_sums,
-        product if folded is None else folded.bias,
-        result,
-        result if cache is None else cache.cells,
-        result if cache is None else cache.rows,
-        result if cache is None else cache.positions,
-        rows,
-        0 if cache is None else cache.cells.shape[0],
-        0 if cache is None else cache.cells.shape[1],
-        0.0 if folded is None else folded.eps,
-        **constants,
-    )
+        launch_gemm(x[part], weight, bias, known, relu, mode, result[part], here, tiles, scratch)

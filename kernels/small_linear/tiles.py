@@ -23,7 +23,9 @@ class LinearTiles:
     its own before finds their mean and standard deviation. prefetch: a program asks
     for its whole strip of weights in L2 at once; overlap: programs may start, and prefetch, while the kernel before them in
     the stream still runs (programmatic dependent launch); both need compute capability 9.0 and are ignored below. library:
-    torch's GEMM before our epilogue kernel; nothing else holds then.
+    torch's GEMM before our epilogue kernel; nothing else holds then. br below 16: no tensor cores, the program holds its
+    strip of weights whole (gemv.py); only bn, warps and overlap hold then. gram: with fuse_norm, sums and squares of the
+    rows come from tensor cores too, at a loss of digits where |mean| is hundreds of standard deviations; 16 bits, br 64 on.
     """
 
     bn: int = 32
@@ -36,19 +38,28 @@ class LinearTiles:
     prefetch: bool = False
     overlap: bool = False
     library: bool = False
+    gram: bool = False
 
     def __post_init__(self) -> None:
-        check(self.bn in (16, 32, 64, 128), f"bn is {self.bn}; choose 16, 32, 64 or 128")
+        widths = (1, 2, 4, 8, 16) if self.no_dot else (16, 32, 64, 128)
+        check(self.bn in widths, f"bn is {self.bn} for br = {self.br}; choose one of {widths}")
         check(self.bk in (16, 32, 64, 128, 256, 512), f"bk is {self.bk}; choose a power of two from 16 to 512")
-        check(self.br in (16, 32, 64, 128), f"br is {self.br}; choose 16, 32, 64 or 128")
+        check(self.br in (1, 2, 4, 16, 32, 64, 128), f"br is {self.br}; choose 1, 2, 4, 16, 32, 64 or 128")
         check(1 <= self.split <= 16, f"split is {self.split}; choose 1 to 16")
+        check(not self.gram or (self.fuse_norm and self.br >= 64), "gram goes with fuse_norm and br = 64 or 128")
+        check(not (self.no_dot and self.split > 1), "br below 16 takes whole rows of weights: it cannot go with split")
         check(not (self.prefetch and self.split > 1), "prefetch asks for whole rows of weights: it cannot go with split")
+
+    @property
+    def no_dot(self) -> bool:
+        """Whether products and sums are taken without tensor cores: fewer rows than those take."""
+        return self.br < 16
 
     @property
     def sums_rows(self) -> bool:
         """Whether the product's own loop finds mean and standard deviation of its rows. Never with 128 rows: there the sums
         came out wrong in 15 of 4,320 variants timed (Triton 3.6, H100), and in no variant of fewer rows."""
-        return self.fuse_norm and self.br < 128
+        return self.no_dot or self.gram or (self.fuse_norm and self.br < 128)
 
 
 def default_tiles(num_features: int, num_inputs: int, rows: int, bits: int, *, fixed: bool) -> LinearTiles:

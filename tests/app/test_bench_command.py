@@ -10,6 +10,8 @@ import pytest
 from app.cli import main
 from engine.bench import benchmark
 from engine.bench.check import CheckResult
+from engine.config import EngineConfig
+from engine.weights.loading import load_transformer
 from tests.engine.tiny import make_tiny_checkpoint
 from tests.engine.tiny_tokenizer import write_tiny_tokenizer
 
@@ -98,3 +100,16 @@ def test_bad_input_is_explained(arguments: list[str], message: str, capsys: pyte
 def test_a_nan_score_is_no_pass() -> None:
     check = CheckResult("32x1", exact_wanted=False, token_agreement=1.0, score_error=float("nan"), best_share=1.0)
     assert check.failure is not None
+
+
+def test_a_random_model_is_written_and_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both forms load as what they say they are; the fp16 one goes through the normal converter."""
+    assert main([*TINY, "--write", str(tmp_path / "int4"), "--precisions", "w4a16"]) == 0
+    assert main([*TINY, "--write", str(tmp_path / "fp16")]) == 0
+    assert main(["convert", str(tmp_path / "fp16"), str(tmp_path / "int8"), "--precision", "w8a16"]) == 0
+    for name, precision in (("int4", "w4a16"), ("int8", "w8a16"), ("fp16", "fp32")):
+        load_transformer(tmp_path / name, EngineConfig(precision=precision))
+    assert main([*TINY, "--write", str(tmp_path / "int4")]) == 2
+    assert "choose another directory" in capsys.readouterr().err
+    assert main([*TINY, "--write", str(tmp_path / "new"), "--precisions", "bf16"]) == 2
+    assert not (tmp_path / "new").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,10 +134,24 @@ def test_the_plan_counts_second_copies_on_the_cpu_only() -> None:
     gpu = plan_memory(NLLB_54B, EngineConfig(precision="w4a16", device="cuda"))
     assert cpu.layout_copies_bytes == cpu.experts_bytes // 2 + 2 * 256206 * 2048
     assert gpu.layout_copies_bytes == 0
-    assert gpu.total_bytes == gpu.experts_bytes + gpu.rest_bytes + gpu.kv_cache_bytes
+    assert cpu.workspace_bytes == cpu.driver_bytes == 0
+    assert gpu.driver_bytes > 0
+    assert gpu.total_bytes == gpu.experts_bytes + gpu.rest_bytes + gpu.kv_cache_bytes + gpu.workspace_bytes
     fp32 = plan_memory(NLLB_54B, EngineConfig(precision="fp32"))
     assert fp32.experts_bytes == expert_bytes(NLLB_54B, "fp32")
     assert fp32.layout_copies_bytes == 4 * 256206 * 2048
+
+
+def test_the_workspace_of_a_gpu_is_that_of_the_largest_pass() -> None:
+    """A large step is bound by its float32 logits; a large encoder pass by its experts or its keys and values."""
+    config = EngineConfig(precision="w4a16", device="cuda", max_rows=64, max_source_slots=16, encode_token_budget=2048)
+    small = plan_memory(NLLB_54B, config).workspace_bytes
+    rows = plan_memory(NLLB_54B, replace(config, max_rows=1064)).workspace_bytes
+    tokens = plan_memory(NLLB_54B, replace(config, encode_token_budget=4096)).workspace_bytes
+    product = 2 * 8192
+    assert rows > 1080 * 4 * 256206
+    keys_and_values = 2 * 2 * 2048 * 24
+    assert tokens - small == 2048 * (keys_and_values + 2 * 2 * 2048 + product)
 
 
 def test_what_fits() -> None:

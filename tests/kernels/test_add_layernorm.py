@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.add_layernorm import add_layernorm
+from kernels.add_layernorm import add_layernorm, add_slots
 from kernels.checks import LAYERNORM_SIZES, LIMITS, check_add_layernorm
 
 
@@ -32,3 +32,14 @@ def test_wrong_delta_shape_is_refused() -> None:
 def test_strided_residual_is_refused() -> None:
     with pytest.raises(ValueError, match="contiguous"):
         add_layernorm(torch.zeros(8, 4).T, None, torch.zeros(8), torch.zeros(8))
+
+
+def test_the_add_alone_takes_rows_of_several_blocks(cpu: torch.device) -> None:
+    residual, delta = torch.randn(2, 1500), torch.randn(2, 1500)
+    assert torch.equal(add_slots(residual.clone(), delta), residual + delta)
+
+
+@pytest.mark.parametrize("delta", [torch.zeros(4, 7), torch.zeros(4, 2, 8).transpose(0, 1)], ids=["features", "strided"])
+def test_the_add_alone_refuses_a_wrong_delta(delta: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="delta is"):
+        add_slots(torch.zeros(4, 8), delta)

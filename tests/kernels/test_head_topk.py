@@ -1,7 +1,12 @@
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
-from kernels.head_checks import HEAD_LIMIT, LARGE_HEADS, SMALL_HEADS, HeadCase, check_head_case
+from kernels.head_checks import HEAD_LIMIT, HOPPER_HEADS, LARGE_HEADS, SMALL_HEADS, HeadCase, check_head_case, large_heads
 from kernels.head_topk import HeadTiles, Int8Head, TopTokens, fixed_tiles, head_topk, head_topk_reference, quantize_head
 from kernels.head_topk.tiles import default_tiles
 
@@ -32,11 +37,13 @@ def test_interpreter_matches_fp64(case: HeadCase, dtype: torch.dtype, cpu: torch
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", (*SMALL_HEADS, *LARGE_HEADS), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", (*SMALL_HEADS, *LARGE_HEADS, *HOPPER_HEADS), ids=lambda c: c.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_gpu_matches_fp64(case: HeadCase, dtype: torch.dtype, cuda: torch.device) -> None:
     if dtype == torch.float32 and case.tiles is not None and case.tiles.block_vocab > 64:
         pytest.skip("fp32 doubles the shared memory; it runs with its default tiles")
+    if case in HOPPER_HEADS and case not in large_heads(cuda, dtype):
+        pytest.skip("a kernel for Hopper")
     assert check_head_case(case, cuda, dtype) <= HEAD_LIMIT
 
 
@@ -233,6 +240,28 @@ def test_default_tiles_fit_the_smallest_shared_memory(rows: int, dtype: torch.dt
     assert t.gated == (rows > 32)
 
 
+SPECIALIZED = HeadTiles(128, 128, gated=True, tma=True, specialized=True)
+
+
+def test_specialized_tiles_halve_their_chunks_and_compile_without_an_interpreter() -> None:
+    assert SPECIALIZED.chunk == 64
+    assert replace(SPECIALIZED, block_vocab=256).chunk == 128
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=True)
+    assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16" in found.stdout
+    assert "cp.async.bulk.tensor.2d" in found.stdout
+
+
+COMPILE = """
+import torch
+from kernels.compile_ahead import compile_kernel
+from kernels.head_topk.jobs import head_jobs
+from kernels.head_topk.tiles import HeadTiles
+job = head_jobs(64, 1000, 2, 16, HeadTiles(128, 128, gated=True, tma=True, specialized=True), torch.bfloat16)[0]
+print(compile_kernel(job, 90).asm["ptx"])
+"""
+
+
 def test_fixed_tiles_do_not_know_the_number_of_rows() -> None:
     tiles = fixed_tiles(1024, 128000, 16, torch.device("cpu"), torch.bfloat16)
     assert tiles.extra_rows == 0
@@ -272,6 +301,12 @@ def test_bad_tiles_and_bad_int8_heads_are_refused() -> None:
     with pytest.raises(ValueError, match="are for 16-bit weights"):
         int8 = quantize_head(torch.ones(64, 16))
         head_topk(torch.zeros(1, 16), int8, k=1, vocab_size=50, tiles=HeadTiles(16, 16, tma=True))
+    with pytest.raises(ValueError, match="specialized tiles need bf16 or fp16 on compute capability 9"):
+        head_topk(torch.zeros(1, 16).half(), torch.zeros(64, 16).half(), k=1, vocab_size=50, tiles=SPECIALIZED)
+    with pytest.raises(ValueError, match="specialized tiles: block_vocab and block_rows"):
+        replace(SPECIALIZED, block_rows=64)
+    with pytest.raises(ValueError, match="specialized tiles: block_vocab and block_rows"):
+        replace(SPECIALIZED, tma=False)
     with pytest.raises(ValueError, match="larger block_vocab"):
         head_topk(torch.zeros(1, 1), torch.zeros(140000, 1), k=1, vocab_size=140000, tiles=TILES)
     with pytest.raises(ValueError, match="block_vocab is 48"):

@@ -2,9 +2,16 @@ import pytest
 import torch
 
 from kernels.checks import ROUTE_SIZES, check_route
-from kernels.route import order_reference, route, route_reference
-from kernels.route.launcher import semaphores
+from kernels.route import FEW_TOKENS, GateTiles, order_reference, route, route_reference, semaphores
+from kernels.route.tiles import default_tiles
 from kernels.routing import max_tiles
+
+TILES = (  # of D = 96: an empty last part; one step for each program; all of D in one program; experts in parts
+    GateTiles(features=32, split=4),
+    GateTiles(features=16, split=6, expert_parts=2),
+    GateTiles(tokens=32, features=64, split=1),
+    GateTiles(features=128, split=1, expert_parts=4),
+)
 
 
 @pytest.mark.parametrize("sizes", ROUTE_SIZES, ids=str)
@@ -14,20 +21,32 @@ def test_interpreter_matches_reference(sizes: tuple[int, int, int, int], dtype: 
     assert check_route(*sizes, cpu, dtype) == ""
 
 
-@pytest.mark.parametrize(("features", "split"), [(1024, 16), (96, 4)])  # as measured on the H200; an empty last part
-def test_every_split_gives_the_reference(features: int, split: int, cpu: torch.device) -> None:
-    x, weight = torch.randn(17, features), torch.randn(32, features) * 0.1
-    counters = semaphores(17, cpu)
-    out = route(x, weight, top_k=1, block_tokens=16, semaphores=counters, split=split)
-    truth = route_reference(x, weight, top_k=1, block_tokens=16)
-    assert torch.equal(out.expert_ids, truth.expert_ids)
-    assert torch.equal(out.gather_index, truth.gather_index)
-    torch.testing.assert_close(out.gate_weights, truth.gate_weights)
-    assert not counters.any()
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+@pytest.mark.parametrize("num_experts", [5, 64])
+def test_every_cut_of_the_gate_gives_the_reference(tiles: GateTiles, num_experts: int, cpu: torch.device) -> None:
+    assert check_route(35, 96, num_experts, 2, cpu, torch.float32, tiles=tiles) == ""
+
+
+@pytest.mark.parametrize("num_tokens", [1, FEW_TOKENS])
+def test_few_tokens_may_take_the_way_of_many(num_tokens: int, cpu: torch.device) -> None:
+    assert check_route(num_tokens, 64, 6, 2, cpu, torch.float32, fixed=True) == ""
+
+
+@pytest.mark.parametrize("num_tokens", [FEW_TOKENS, 33])
+def test_experts_with_several_tiles(num_tokens: int, cpu: torch.device) -> None:
+    assert check_route(num_tokens, 32, 2, 1, cpu, torch.float32, block_tokens=4) == ""
+
+
+def test_pairs_of_several_chunks(cpu: torch.device) -> None:
+    assert check_route(1100, 16, 3, 2, cpu, torch.float32) == ""  # 2200 pairs: more than one chunk of 2048
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sizes", (*ROUTE_SIZES, (320, 1024, 32, 1), (320, 2048, 128, 2), (4096, 2048, 128, 2)), ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    (*ROUTE_SIZES, (1, 1024, 32, 2), (16, 2048, 128, 2), (320, 1024, 32, 1), (320, 2048, 128, 2), (4096, 2048, 128, 2)),
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gpu_matches_reference(sizes: tuple[int, int, int, int], dtype: torch.dtype, cuda: torch.device) -> None:
     assert check_route(*sizes, cuda, dtype) == ""
@@ -71,6 +90,16 @@ def test_a_row_does_not_depend_on_its_batch(cpu: torch.device) -> None:
     x[:20] = 9.0
     again = route(x, weight, top_k=2, block_tokens=16, semaphores=semaphores(40, cpu))
     assert torch.equal(many.gate_weights[20:], again.gate_weights[20:])
+    alone = route(x[25:26], weight, top_k=2, block_tokens=16, semaphores=semaphores(40, cpu), fixed=True)
+    assert torch.equal(many.gate_weights[25:26], alone.gate_weights)
+
+
+@pytest.mark.parametrize(("d_model", "num_experts"), [(16, 2), (64, 8), (1024, 32), (2048, 128), (96, 4096), (1000, 33)])
+def test_default_tiles_cover_everything(d_model: int, num_experts: int) -> None:
+    tiles = default_tiles(d_model, num_experts)
+    steps = -(-d_model // (tiles.features * tiles.split))
+    assert (tiles.split - 1) * steps * tiles.features < d_model  # no part is empty
+    assert num_experts / tiles.expert_parts <= 32 or tiles.expert_parts == 8
 
 
 def test_no_tokens(cpu: torch.device) -> None:
@@ -104,3 +133,9 @@ def test_bad_input_is_refused(kwargs: dict[str, object], message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         route(torch.zeros(20, 32), **(good | kwargs))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [{"tokens": 8}, {"features": 48}, {"split": 17}, {"expert_parts": 3}])
+def test_tiles_that_no_kernel_takes_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="choose"):
+        GateTiles(**wrong)

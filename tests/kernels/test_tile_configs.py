@@ -7,7 +7,7 @@ import pytest
 
 from kernels.cases import FFN_SHAPES, PRECISIONS, FfnShape, Precision
 from kernels.expert_gemm import FfnTiles
-from kernels.route.launcher import gate_split
+from kernels.route import GateTiles
 from kernels.tile_configs import CONFIG_ROOT, device_folder, measured_choice, stored_choice
 
 FILES = sorted(CONFIG_ROOT.glob("*/*.json"))
@@ -49,13 +49,15 @@ def test_h200_has_tiles_that_fit_every_shape(shape: FfnShape, precision: Precisi
     assert shape.d_model % tiles.bn2 == 0
 
 
-@pytest.mark.parametrize("shape", FFN_SHAPES.values(), ids=lambda s: s.name)
-def test_h200_cuts_the_gate_the_same_way_for_every_number_of_tokens(shape: FfnShape) -> None:
-    key = (("d", shape.d_model), ("e", shape.num_experts))
-    choices = [stored_choice("route", DEVICE, key, size) for size in SIZES]
-    assert choices[0] is not None
-    assert shape.d_model % (64 * choices[0]["split"]) == 0
-    assert all(choice == choices[0] for choice in choices)
+@pytest.mark.parametrize("path", sorted(CONFIG_ROOT.glob("*/route.json")), ids=lambda p: p.parent.name)
+def test_the_gate_is_cut_the_same_way_for_every_number_of_tokens(path: Path) -> None:
+    gpu = read(path)["certificate"]["gpu"]
+    for shape in FFN_SHAPES.values():
+        choices = [stored_choice("route", gpu, (("d", shape.d_model), ("e", shape.num_experts)), size) for size in SIZES]
+        assert choices[0] is not None
+        tiles = GateTiles(**choices[0])  # type: ignore[arg-type]
+        assert shape.d_model % (tiles.features * tiles.split) == 0
+        assert all(choice == choices[0] for choice in choices)
 
 
 def test_the_smallest_entry_that_reaches_a_size_serves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,8 +75,3 @@ def test_a_cpu_has_no_measured_choice() -> None:
     import torch
 
     assert measured_choice("route", torch.device("cpu"), shape={"d": 1024, "e": 32}, size=1) is None
-
-
-@pytest.mark.parametrize(("d_model", "num_experts", "split"), [(1024, 32, 2), (2048, 128, 16), (96, 4096, 1), (64, 8, 1)])
-def test_an_unmeasured_device_reads_64_kb_of_gate_a_program(d_model: int, num_experts: int, split: int) -> None:
-    assert gate_split(d_model, num_experts) == split

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from engine.bench.ours import engine_config, make_runner
 from engine.bench.random_model import RandomWeights, random_transformer
+from engine.bench.report import mix_lines
 from engine.bench.serving_mix import TokenIdTokenizer, draw_mix, mix_config, run_mix, serve, with_arrivals
 from engine.bench.shapes import SHAPES, Cell, Variant
 from engine.scheduler import Scheduler
+from engine.step_clock import GapReport
 from engine.translator import Translator
 
 TINY = SHAPES["tiny"]
@@ -79,3 +83,14 @@ def test_the_report_compares_both_ways(mix: tuple[Translator, object]) -> None:
     assert report.equal_share == 1.0
     assert report.ratio == pytest.approx(report.backlog_continuous.sentences_per_s / report.backlog_static.sentences_per_s)
     assert report.stream_sentences_per_s == pytest.approx(0.8 * report.backlog_static.sentences_per_s)
+
+
+def test_gaps_of_the_device_are_printed_where_they_were_measured(mix: tuple[Translator, object]) -> None:
+    _, (runner, config) = mix
+    report = run_mix(runner, TINY, config, draw_mix(TINY, 4, 2, max_tokens=24), 2)
+    assert report.gaps is None
+    assert "50 us" not in mix_lines(report)
+    spans = np.array([[0, 1000], [1020, 2000], [2400, 3000]]) * 1000
+    text = mix_lines(replace(report, gaps=GapReport.from_spans(spans)))
+    assert "50.0% of 3 passes begin within 50 us" in text
+    assert "longest 400 us" in text

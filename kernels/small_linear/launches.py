@@ -1,0 +1,175 @@
+"""The launches behind a linear map. R rows, N output features, K input features."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels.small_linear.constants import finish_constants, gemm_constants, gemv_constants, statistics_constants
+from kernels.small_linear.folded import FoldedLinear
+from kernels.small_linear.int8 import Int8Linear
+from kernels.small_linear.scratch import LinearScratch, buffer, split_sizes
+from kernels.small_linear.tiles import LinearTiles
+
+Weight = torch.Tensor | Int8Linear | FoldedLinear
+OUT, RESIDUAL, QKV = 0, 1, 2  # MODE of the kernels
+_IN_LOOP, _GIVEN, _BY_DOTS = 1, 2, 3  # NORM of the kernel: where a row's mean and standard deviation come from
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Where keys and values go: cells [rows, positions, 2, D], and int32[R] each."""
+
+    cells: torch.Tensor
+    rows: torch.Tensor
+    positions: torch.Tensor
+
+
+def stored_matrix(weight: Weight) -> tuple[torch.Tensor, bool]:
+    """What the GEMM streams, [N, K], and whether it is int8 codes."""
+    stored = weight.weight if isinstance(weight, FoldedLinear) else weight
+    return (stored.codes, True) if isinstance(stored, Int8Linear) else (stored, False)
+
+
+def launch_library(
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    relu: bool,
+    mode: int,
+    result: torch.Tensor,
+    cache: Cache | None,
+    scratch: LinearScratch | None,
+) -> None:
+    """torch's GEMM; a folded one over raw rows leaves fp32, since what the mean takes off may be most of it."""
+    matrix, _ = stored_matrix(weight)
+    rows, n = x.shape[0], matrix.shape[0]
+    if isinstance(weight, FoldedLinear):
+        product = buffer(scratch, "partial", rows * n, torch.float32, x.device).view(rows, n)
+        if x.dtype == torch.float32:
+            x = x - x.mean(dim=1, keepdim=True)  # else the product's own rounding would grow with the mean
+        if x.dtype == torch.float32 or x.device.type == "cpu":  # torch has no mixed product on the CPU
+            torch.mm(x.float(), matrix.float().T, out=product)
+        else:
+            torch.mm(x, matrix.T, out_dtype=torch.float32, out=product)
+        _launch_finish(product, x, weight, relu, mode, result, cache)
+        return
+    product = result
+    if mode != OUT:
+        product = buffer(scratch, "product", rows * n, x.dtype, x.device).view(rows, n)
+    if bias is None:
+        torch.mm(x, matrix.T, out=product)
+    else:
+        torch.addmm(bias, x, matrix.T, out=product)
+    if mode != OUT or relu or x.dtype == torch.float16:
+        _launch_finish(product, x, None, relu, mode, result, cache)
+
+
+def launch_statistics(x: torch.Tensor, eps: float, statistics: torch.Tensor) -> None:
+    """Mean and 1 / standard deviation of every row into statistics fp32[R, 2]."""
+    from kernels.small_linear.kernel import row_statistics_kernel
+
+    row_statistics_kernel[(x.shape[0],)](x, statistics, eps, **statistics_constants(x.shape[1], hopper=_is_hopper(x.device)))
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_gemm(
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    statistics: torch.Tensor | None,
+    relu: bool,
+    mode: int,
+    result: torch.Tensor,
+    cache: Cache | None,
+    tiles: LinearTiles,
+    scratch: LinearScratch | None,
+) -> None:
+    """One launch with these tiles: product, norm, bias, ReLU, target. statistics: of the rows, where a launch found them."""
+    from kernels.small_linear.gemv import gemv_kernel
+    from kernels.small_linear.kernel import small_linear_kernel
+
+    (n, k), rows = weight.shape, x.shape[0]
+    folded = weight if isinstance(weight, FoldedLinear) else None
+    stored = weight.weight if isinstance(weight, FoldedLinear) else weight
+    matrix, is_int8 = stored_matrix(weight)
+    bias = bias if folded is None else folded.bias
+    operands = (
+        x,
+        matrix,
+        stored.scales if isinstance(stored, Int8Linear) else matrix,
+        matrix if bias is None else bias,
+        matrix if folded is None else folded.column_sums,
+    )
+    target = (
+        result,
+        result if cache is None else cache.cells,
+        result if cache is None else cache.rows,
+        result if cache is None else cache.positions,
+    )
+    sizes = (
+        rows,
+        0 if cache is None else cache.cells.shape[0],
+        0 if cache is None else cache.cells.shape[1],
+        0.0 if folded is None else folded.eps,
+    )
+    grid = (-(-rows // tiles.br), -(-n // tiles.bn), tiles.split)
+    what: dict[str, Any] = {
+        "int8": is_int8,
+        "bias": bias is not None,
+        "relu": relu,
+        "mode": mode,
+        "hopper": _is_hopper(x.device),
+    }
+    if tiles.no_dot:
+        constants = gemv_constants(n, k, tiles, norm=folded is not None, **what)
+        gemv_kernel[grid](*operands, *target, *sizes, **constants)
+        return
+    floats, blocks = split_sizes(tiles, n, rows, folded=folded is not None)
+    partial = semaphores = result
+    if tiles.split > 1:
+        partial = buffer(scratch, "partial", floats, torch.float32, x.device)
+        semaphores = buffer(scratch, "semaphores", blocks, torch.int32, x.device)
+    in_loop = _BY_DOTS if tiles.gram and x.dtype != torch.float32 else _IN_LOOP
+    norm = 0 if folded is None else in_loop if statistics is None else _GIVEN
+    aligned = x.dtype != torch.float32 and k * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    constants = gemm_constants(n, k, tiles, norm=norm, aligned=aligned, **what)
+    known = matrix if statistics is None else statistics
+    small_linear_kernel[grid](*operands, known, *target, partial, semaphores, *sizes, **constants)
+
+
+def _launch_finish(
+    product: torch.Tensor,
+    x: torch.Tensor,
+    folded: FoldedLinear | None,
+    relu: bool,
+    mode: int,
+    result: torch.Tensor,
+    cache: Cache | None,
+) -> None:
+    from kernels.small_linear.kernel import finish_linear_kernel
+
+    rows, n = product.shape
+    constants = finish_constants(n, x.shape[1], norm=folded is not None, relu=relu, mode=mode, hopper=_is_hopper(x.device))
+    finish_linear_kernel[(rows, -(-n // constants["BLOCK"]))](
+        product,
+        x,
+        product if folded is None else folded.column_sums,
+        product if folded is None else folded.bias,
+        result,
+        result if cache is None else cache.cells,
+        result if cache is None else cache.rows,
+        result if cache is None else cache.positions,
+        rows,
+        0 if cache is None else cache.cells.shape[0],
+        0 if cache is None else cache.cells.shape[1],
+        0.0 if folded is None else folded.eps,
+        **constants,
+    )
