@@ -285,7 +285,7 @@ def test_sentence_that_fails_is_500(make_service: Make) -> None:
 
 
 def test_engine_that_dies_is_500_and_then_not_ready(make_service: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("threading.Timer.start", lambda self: None)  # the replica would end this process
+    monkeypatch.setattr("app.replica.exit_soon", lambda: None)  # taken when the replica is made; it would end this process
     service = make_service()
     assert error_of(translate(service, texts=["boom"]))["code"] == "engine_failed"
 
