@@ -30,7 +30,7 @@ _LOADS = (
     ((64, 128), (4, 12), 1),
 )  # source tokens, target tokens, times the steps
 _FREE_SHARES = (0.0, 0.0, 0.25, 0.5)  # of the sentences in flight, that end before others take their places
-_STEPS_ON_GPU = 16  # timed as one: a GPU is kept busy from one to the next, and read one step late
+_STEPS_ON_GPU = 16  # timed as one: a GPU is kept busy from one to the next, and read late
 _NUM_RESERVED_IDS = 4  # bos, pad, eos, unk
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels.cases import PRECISIONS
-from kernels.checks import LIMITS, ExpertCase, check_expert_case, expert_cases, expert_inputs
+from kernels.checks import LIMITS, ExpertCase, check_expert_case, expert_cases, expert_inputs, pipelined_cases
 from kernels.expert_gemm import (
     FfnTiles,
     PackedExperts,
@@ -25,22 +25,6 @@ from kernels.expert_gemm.hopper.launcher import check_pipelined
 from kernels.testing import random_experts, relative_error
 
 CASES = expert_cases(large=False)
-PIPELINED = {  # by bits: two programs and one an SM, each with both ways to cut the features, few and many tokens a tile
-    4: (
-        FfnTiles(32, 128, 64, stages=2, pipelined=True, programs_per_sm=2),
-        FfnTiles(128, 256, 128, 1, 8, 2, pipelined=True),
-    ),
-    8: (
-        FfnTiles(64, 128, 64, stages=3, pipelined=True, programs_per_sm=2),
-        FfnTiles(128, 128, 256, 1, 8, 3, pipelined=True, x_stages=3),
-    ),
-}
-PIPELINED_CASES = [
-    ExpertCase(tokens, 1024, 2048, 16, 2, PRECISIONS[f"w{bits}a16"], dataclasses.replace(tiles, programs_per_sm=1), pattern)
-    for bits, choices in PIPELINED.items()
-    for tiles in choices
-    for tokens, pattern in ((1, "spread"), (77, "spread"), (300, "one"), (513, "few"), (40, "none"), (900, "spread"))
-]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -58,7 +42,7 @@ def test_gpu_matches_fp64(case: ExpertCase, dtype: torch.dtype, cuda: torch.devi
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", PIPELINED_CASES, ids=lambda c: f"{c.name}-w{c.tiles.warps}")
+@pytest.mark.parametrize("case", pipelined_cases(), ids=lambda c: c.name)
 def test_gpu_pipelined_launch_matches_fp64(case: ExpertCase, dtype: torch.dtype, cuda: torch.device) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs compute capability 9.0")
