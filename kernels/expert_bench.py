@@ -31,7 +31,6 @@ class ExpertBed:
     weights: list[tuple[PackedExperts, PackedExperts]]
     bias1: torch.Tensor
     bias2: torch.Tensor
-    generator: torch.Generator
 
     @classmethod
     def build(cls, shape: FfnShape, precision: Precision) -> ExpertBed:
@@ -50,7 +49,7 @@ class ExpertBed:
             torch.randn(shape.num_experts, n, device=_DEVICE, generator=generator).bfloat16() * 0.1
             for n in (shape.d_ff, shape.d_model)
         )
-        return cls(shape, precision, weights, bias1, bias2, generator)
+        return cls(shape, precision, weights, bias1, bias2)
 
     def point(self, num_tokens: int, power: float = 0.8, active_experts: int = 0) -> ExpertPoint:
         """Inputs for one token count; power 0 is uniform routing; active_experts > 0 limits (and fills) the experts hit."""
@@ -72,12 +71,10 @@ class ExpertPoint:
 
     @classmethod
     def build(cls, bed: ExpertBed, num_tokens: int, power: float, active_experts: int) -> ExpertPoint:
-        """Fresh random inputs; fewer calls where one call moves gigabytes anyway."""
-        shape = bed.shape
+        """Random inputs and routings, the same for every precision; fewer calls where one call moves gigabytes anyway."""
+        shape, generator = bed.shape, torch.Generator(_DEVICE).manual_seed(num_tokens)
         calls = 4 if num_tokens >= 4096 else 8 if shape.num_experts > 64 else 16
-        xs = [
-            torch.randn(num_tokens, shape.d_model, device=_DEVICE, generator=bed.generator).bfloat16() for _ in range(calls)
-        ]
+        xs = [torch.randn(num_tokens, shape.d_model, device=_DEVICE, generator=generator).bfloat16() for _ in range(calls)]
         routings = []
         for _ in range(calls):
             routing = zipf_routing(
@@ -86,7 +83,7 @@ class ExpertPoint:
                 shape.num_experts,
                 shape.d_model,
                 16,
-                bed.generator,
+                generator,
                 power=power,
                 active_experts=active_experts,
             )
