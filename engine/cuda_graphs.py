@@ -6,7 +6,12 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from engine.device_memory import require_free_memory
 from engine.step_clock import StepClock
+
+# What the driver and torch need besides the pass's own tensors. Where torch has not the 512 bytes to register a graph, the
+# graph's destructor ends the process (torch 2.11): running out must show before.
+_CAPTURE_BYTES = 16 << 20
 
 
 class CapturedSteps:
@@ -32,13 +37,21 @@ class CapturedSteps:
         return self._device.type != "cuda" or key in self._graphs
 
     def capture(self, key: Hashable, sequence: Callable[[], None]) -> None:
-        """Capture a sequence; it runs once at the end, on inputs that must do no harm: what cannot run fails here."""
+        """Capture a sequence; it runs once at the end, on inputs that must do no harm: what cannot run fails here.
+
+        Raises torch.OutOfMemoryError; then nothing is captured, and the same key may be tried again.
+        """
         if self.has(key):
             return
+        require_free_memory(_CAPTURE_BYTES, self._device, "capturing a pass")
         graph = torch.cuda.CUDAGraph()
-        # relaxed: what a first launch does besides (compiling, loading modules, making a library's handle) may happen within
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="relaxed"):
-            self._sequence(sequence)
+        stream = torch.cuda.current_stream(self._device)
+        try:
+            # relaxed: what a first launch does besides (compiling, loading modules, making a handle) may happen within
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="relaxed"):
+                self._sequence(sequence)
+        finally:
+            torch.cuda.set_stream(stream)  # when a capture cannot be ended, torch leaves its stream the current one
         graph.replay()
         self._graphs[key] = graph
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from engine.config import EngineConfig, ModelConfig
 from engine.cuda_graphs import CapturedSteps
+from engine.expert_load import ExpertLoadMeter
 from engine.kv_cache import KVCache
 from engine.model.kernel_decoder import EntryGroups, KernelDecoder
 from engine.model.kernel_encoder import KernelEncoder, PackedTokens
@@ -33,7 +34,7 @@ from engine.search.device_search import DeviceSearch, StepShape
 from engine.search.spec import SearchOutcome, SearchSpec
 from engine.search.transfer import to_device
 from engine.step_clock import StepClock
-from engine.types import EncodedBatch
+from engine.types import EncodedBatch, ExpertLoad
 from engine.weights.loading import load_transformer
 
 HEAD_DIMS = (16, 32, 64, 128)  # what the attention kernels take
@@ -88,6 +89,7 @@ class DeviceRunner:
             device=self._device,
         )
         self._graphs = CapturedSteps(self._device, clock)
+        self._expert_load = ExpertLoadMeter(transformer.encoder_load, transformer.decoder_load)
         self._packed = {s: torch.zeros((5, s), dtype=torch.int32, device=self._device) for s in self._token_buckets}
         pinned = self._device.type == "cuda"
         status = (engine_config.max_source_slots,)
@@ -95,6 +97,9 @@ class DeviceRunner:
         self._num_steps = 0
         self._in_flight: deque[_Step] = deque()
         self._reader = torch.cuda.Stream(self._device) if pinned else None  # type: ignore[no-untyped-call]
+        # Held, so that 2 MiB of small blocks stay this stream's: on a full card, too, finished sentences can be read.
+        with torch.cuda.stream(self._reader):
+            self._reader_memory = torch.empty(1, device=self._device)
 
     @classmethod
     def load(cls, checkpoint: Path, engine_config: EngineConfig, *, progress: bool = False) -> Self:
@@ -117,6 +122,11 @@ class DeviceRunner:
         for num_tokens in tqdm(self._token_buckets[::-1], disable=not progress, desc="encoder passes", unit="graph"):
             self._capture_encoder(num_tokens)
 
+    @property
+    def expert_loads(self) -> tuple[ExpertLoad, ...]:
+        """See EngineStats."""
+        return self._expert_load.loads
+
     @torch.inference_mode()
     def encode(self, batch: EncodedBatch) -> None:
         """Encoder pass; the sentences' cross-attention keys and values go to their source slots.
@@ -135,6 +145,7 @@ class DeviceRunner:
         slots = to_device(np.stack([batch.source_slots, lengths.astype(np.int32)]), self._device)
         self._cache.source_lengths.index_copy_(0, slots[0].long(), slots[1])
         self._graphs.run(("encode", num_tokens), functools.partial(self._run_encoder, num_tokens))
+        self._expert_load.encoded()
 
     @torch.inference_mode()
     def start(self, specs: Sequence[SearchSpec]) -> None:
@@ -183,6 +194,7 @@ class DeviceRunner:
         if self._device.type == "cuda":
             ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ended.record()
+        self._expert_load.decoded()
         return _Step(self._search.took(), status, ended)
 
     def _wait(self, step: _Step) -> list[Any]:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.expert_load import ExpertLoadMeter
 from engine.kv_cache import KVCache
 from engine.model.transformer import Transformer
 from engine.search.search import Search
 from engine.search.spec import SearchOutcome, SearchSpec
-from engine.types import EncodedBatch, Int32Array
+from engine.types import EncodedBatch, ExpertLoad, Int32Array
 from engine.weights.loading import load_transformer
 
 
@@ -28,6 +29,7 @@ class Runner:
         config = transformer.config
         self._device = torch.device(engine_config.device)
         self._transformer = transformer
+        self._expert_load = ExpertLoadMeter(transformer.encoder_load, transformer.decoder_load)
         self._cache = KVCache.allocate(
             config,
             num_rows=engine_config.max_rows,
@@ -51,12 +53,18 @@ class Runner:
         torch.set_num_threads(engine_config.num_threads)
         return cls(load_transformer(checkpoint, engine_config), engine_config)
 
+    @property
+    def expert_loads(self) -> tuple[ExpertLoad, ...]:
+        """See EngineStats."""
+        return self._expert_load.loads
+
     @torch.inference_mode()
     def encode(self, batch: EncodedBatch) -> None:
         """Encoder pass; the sentences' cross-attention keys and values go to their source slots."""
         offsets = self._to_device(batch.source_offsets)
         memory = self._transformer.encode(self._to_device(batch.source_token_ids), offsets)
         self._transformer.write_cross_kv(memory, offsets, self._to_device(batch.source_slots), self._cache)
+        self._expert_load.encoded()
 
     @torch.inference_mode()
     def start(self, specs: Sequence[SearchSpec]) -> None:
@@ -67,7 +75,9 @@ class Runner:
     def decode(self) -> list[SearchOutcome]:
         """One decode step for all live rows, of which there must be some. Returns the sentences it finished."""
         inputs = self._search.inputs()
-        return self._search.advance(self._transformer.decode(*inputs, self._cache))
+        logits = self._transformer.decode(*inputs, self._cache)
+        self._expert_load.decoded()
+        return self._search.advance(logits)
 
     @torch.inference_mode()
     def remove(self, source_slots: Collection[int]) -> None:

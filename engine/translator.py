@@ -86,6 +86,7 @@ class Translator:
             num_decoded_rows=self._num_decoded_rows,
             num_retries=self._num_retries,
             num_faults_in_a_row=self._num_faults_in_a_row,
+            expert_loads=self._runner.expert_loads,
         )
 
     def submit(self, request: TranslationRequest) -> None:

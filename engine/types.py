@@ -161,12 +161,31 @@ class Translation:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertLoad:
+    """How the tokens of one stage spread over the experts, in the passes that were looked at since the start.
+
+    layers: places of the sparse layers in their stack; the other tuples have an entry for each. num_tokens: (token, expert)
+    pairs; num_active: experts with at least one token, added up over passes. skew: tokens of the busiest expert over those
+    of the mean one (1: even); busiest_share: over those of all. Both are of the recent past: the last 64 to 128 tokens
+    an expert, as with fewer even a uniform router looks skewed.
+    """
+
+    stage: Literal["encode", "decode"]
+    layers: tuple[int, ...]
+    num_passes: int
+    num_tokens: tuple[int, ...]
+    num_active: tuple[int, ...]
+    skew: tuple[float, ...]
+    busiest_share: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """What the engine holds right now: counts for metrics and admission.
 
     num_decoded_rows: live rows of all decode steps; over num_decode_steps it is the mean batch.
     num_retries: sentences put back after a fault in work they shared, since the start. num_faults_in_a_row: sentences that
-    failed by themselves since the last one that finished.
+    failed by themselves since the last one that finished. expert_loads: of each stage that has sparse layers and has run.
     """
 
     num_waiting: int
@@ -179,3 +198,4 @@ class EngineStats:
     num_decoded_rows: int = 0
     num_retries: int = 0
     num_faults_in_a_row: int = 0
+    expert_loads: tuple[ExpertLoad, ...] = ()

@@ -1,14 +1,15 @@
 """The benchmark of the attention ops: data, check against the reference, timing, torch beside it (see `kernels.bench`).
 
 Every call of a replay has its own keys and values, together larger than L2: in a step the weights of all layers pass
-between two uses of a cell. Queries are shared, for they come straight from the projection before.
+between two uses of a cell. Queries are shared, for they come straight from the projection before. As in the engine there are
+as many groups as entries, the unused ones at the end.
 R entries, T target positions, S source length, G groups, H heads, Dh head_dim, D = H * Dh.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch.nn import functional
@@ -20,7 +21,7 @@ from kernels.decode_attention import (
     decode_self_attention,
     decode_self_attention_reference,
 )
-from kernels.decode_attention.launcher import CROSS_TILES, SELF_TILES, CrossTiles, SelfTiles
+from kernels.decode_attention.tiles import CrossTiles, GroupTiles, SelfTiles
 from kernels.encoder_attention import encoder_attention, encoder_attention_reference
 from kernels.encoder_attention.launcher import HALF_TILES, Tiles
 from kernels.testing import graph_time_us, relative_error
@@ -51,7 +52,13 @@ def decode_self_rows(machine: Machine, quick: bool) -> Iterator[Row]:
         yield from (_self_row(*point, {}) for point in points)
 
 
-def _self_row(head_dim: int, entries: int, length: int, tiles: dict[str, SelfTiles]) -> Row:
+def _groups(entries: int, beam: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    used, unused = entries // beam, entries - entries // beam
+    starts, counts = [*range(0, entries, beam), *[0] * unused], [beam] * used + [0] * unused
+    return _index([*range(used), *[-1] * unused]), _index(starts), _index(counts)
+
+
+def _self_row(head_dim: int, entries: int, length: int, tiles: dict[str, SelfTiles | GroupTiles]) -> Row:
     """One row; with named `tiles` their times stand beside the default's instead of torch's."""
     beam, d_model = min(entries, _BEAM), _HEADS * head_dim
     shared = max(0, length - _OWN) if beam > 1 else length
@@ -63,10 +70,11 @@ def _self_row(head_dim: int, entries: int, length: int, tiles: dict[str, SelfTil
     ancestry = number[:, None].repeat(1, length + 1)
     ancestry[:, :shared] = (number // beam * beam)[:, None]
     rows, positions = number.view(calls, entries), _index([length - 1] * entries)
-    q, out = _draw(entries, d_model), _draw(entries, d_model)
+    q, out, groups = _draw(entries, d_model), _draw(entries, d_model), _groups(entries, beam)
 
-    def ours(index: int, tile: SelfTiles | None = None) -> torch.Tensor:
-        return decode_self_attention(q, cells, ancestry, rows[index], positions, num_heads=_HEADS, out=out, tiles=tile)
+    def ours(index: int, tile: SelfTiles | GroupTiles | None = None) -> torch.Tensor:
+        operands = q, cells, ancestry, rows[index], positions
+        return decode_self_attention(*operands, num_heads=_HEADS, out=out, tiles=tile, groups=groups)
 
     flat, query = cells.view(calls * entries * length, -1), q.view(entries, _HEADS, 1, head_dim)
     read = (ancestry[:, :length].long() * length + torch.arange(length, device="cuda")).view(calls, -1)
@@ -90,18 +98,19 @@ def decode_cross_rows(machine: Machine, quick: bool) -> Iterator[Row]:
         yield from (_cross_row(*point, {}) for point in points)
 
 
-def _cross_row(head_dim: int, groups: int, length: int, tiles: dict[str, CrossTiles]) -> Row:
+def _cross_row(head_dim: int, groups: int, length: int, tiles: dict[str, CrossTiles | GroupTiles]) -> Row:
     entries, d_model = groups * _BEAM, _HEADS * head_dim
     touched = groups * length * 2 * d_model * 2 + 2 * entries * d_model * 2
     calls = _num_calls(touched)
     slot_length = length + 8
     cells = _draw(calls * groups, slot_length, 2, _HEADS, head_dim)
     lengths = _index([length] * (calls * groups))
-    slots = torch.arange(calls * groups, device="cuda", dtype=torch.int32).view(calls, groups)
-    starts, counts = _index(list(range(0, entries, _BEAM))), _index([_BEAM] * groups)
+    slots, starts, counts = _groups(entries, _BEAM)
+    places = torch.arange(calls, device="cuda", dtype=torch.int32)[:, None] * groups
+    slots = torch.where(counts > 0, slots + places, -1)
     q, out = _draw(entries, d_model), _draw(entries, d_model)
 
-    def ours(index: int, tile: CrossTiles | None = None) -> torch.Tensor:
+    def ours(index: int, tile: CrossTiles | GroupTiles | None = None) -> torch.Tensor:
         operands = q, cells, lengths, slots[index], starts, counts
         return decode_cross_attention(*operands, num_heads=_HEADS, out=out, tiles=tile)
 
@@ -156,7 +165,7 @@ def _row(
     calls: int,
     touched: int,
     flops: float,
-    tiles: dict[str, SelfTiles] | dict[str, CrossTiles] | dict[str, Tiles],
+    tiles: Mapping[str, SelfTiles | CrossTiles | GroupTiles | Tiles],
 ) -> Row:
     """Check the first call (and every tile's), then time."""
     error = relative_error(ours(0), truth)
@@ -180,6 +189,8 @@ CROSS_CANDIDATES = {
     64: [(16, 1, 3), (16, 2, 3), (32, 1, 3), (32, 2, 3), (32, 4, 3), (32, 4, 2), (64, 4, 3), (64, 8, 3)],
     128: [(16, 2, 3), (32, 2, 3), (32, 4, 3), (64, 4, 2), (64, 8, 2)],
 }
+SELF_GROUP_CANDIDATES = [(1, 16), (2, 16), (4, 16), (8, 16), (4, 16, 168), (4, 32)]
+CROSS_GROUP_CANDIDATES = [(1, 32), (2, 32), (4, 32), (8, 32), (8, 32, 128), (4, 16), (8, 16)]
 ENCODER_CANDIDATES = {
     64: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (32, 32, 2, 3)],
     128: [(64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (32, 32, 4, 3)],
@@ -190,9 +201,14 @@ def tile_rows(machine: Machine, quick: bool) -> Iterator[Row]:
     """Other tiles beside the defaults, whose tables are in the launchers."""
     del machine
     for head_dim in (64,) if quick else (64, 128):
-        own = {_name(t): SelfTiles(*t) for t in SELF_CANDIDATES[head_dim] if t != SELF_TILES[head_dim]}
-        yield from (_self_row(head_dim, *point, own) for point in ((1, 32), (1, 64), (1, 512), (320, 32), (320, 64)))
-        cross = {_name(t): CrossTiles(*t) for t in CROSS_CANDIDATES[head_dim] if t != CROSS_TILES[head_dim]}
+        own: dict[str, SelfTiles | GroupTiles] = {_name(t): SelfTiles(*t) for t in SELF_CANDIDATES[head_dim]}
+        cross: dict[str, CrossTiles | GroupTiles] = {_name(t): CrossTiles(*t) for t in CROSS_CANDIDATES[head_dim]}
+        if torch.cuda.get_device_capability() == (9, 0):
+            own |= {f"groups {_name(t)}": GroupTiles(*t) for t in SELF_GROUP_CANDIDATES}
+            cross |= {f"groups {_name(t)}": GroupTiles(*t) for t in CROSS_GROUP_CANDIDATES}
+        yield from (
+            _self_row(head_dim, *point, own) for point in ((1, 32), (1, 64), (1, 512), (320, 16), (320, 32), (320, 64))
+        )
         yield from (_cross_row(head_dim, *point, cross) for point in ((1, 24), (80, 24), (80, 48), (1, 512)))
         pack = {_name(t): Tiles(*t) for t in ENCODER_CANDIDATES[head_dim] if t != HALF_TILES[head_dim]}
         yield from (_encoder_row(head_dim, *point, pack) for point in ((1, 24), (16, 24), (170, 24), (8, 512)))

@@ -16,6 +16,14 @@ from kernels.decode_attention import (
     decode_self_attention,
     decode_self_attention_reference,
 )
+from kernels.decode_attention.tiles import (
+    CROSS_GROUP_TILES,
+    CROSS_TILES,
+    SELF_GROUP_TILES,
+    CrossTiles,
+    GroupTiles,
+    SelfTiles,
+)
 from kernels.encoder_attention import encoder_attention, encoder_attention_reference
 from kernels.testing import relative_error
 
@@ -51,6 +59,24 @@ class CrossCase:
     def name(self) -> str:
         """Readable id."""
         groups = ".".join(f"{c}x{s}" for c, s in zip(self.counts, self.lengths, strict=True))
+        return f"h{self.num_heads}x{self.head_dim}-{groups}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GroupCase:
+    """Sentences by their number of entries (0: unused; negative: so many inactive ones), the position that these stand at,
+    and how many earlier positions all of them share."""
+
+    num_heads: int
+    head_dim: int
+    counts: tuple[int, ...]
+    positions: tuple[int, ...]
+    shared: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Readable id."""
+        groups = ".".join(f"{c}x{t}s{s}" for c, t, s in zip(self.counts, self.positions, self.shared, strict=True))
         return f"h{self.num_heads}x{self.head_dim}-{groups}"
 
 
@@ -98,7 +124,32 @@ def cross_cases(*, large: bool) -> list[CrossCase]:
     if large:
         cases += [
             CrossCase(16, 64, (4,) * 80, tuple(1 + 7 * i % 48 for i in range(80))),
-            CrossCase(16, 128, (5, 8, 1, 0, 16), (1024, 512, 3, 9, 200)),
+            CrossCase(16, 64, (4, 1, 0) * 60, tuple(1 + 5 * i % 70 for i in range(180))),
+            CrossCase(16, 128, (5, 8, 1, 0, 7), (1024, 512, 3, 9, 200)),
+        ]
+    return cases
+
+
+def group_cases(*, large: bool) -> list[GroupCase]:
+    """See `self_cases`. One of the sizes at a border of everything: no history, all of it shared, none of it, more than a
+    warp's worth of shared positions, groups of a number of entries that is no power of two."""
+    cases = [
+        GroupCase(1, 64, (1, 4, 0, 3), (0, 9, 0, 20), (0, 5, 0, 0)),
+        GroupCase(2, 64, (8, -2, 2, 5), (40, 7, 1, 33), (39, 3, 1, 32)),
+    ]
+    if large:
+        cases += [
+            GroupCase(
+                16,
+                64,
+                (4,) * 80 + (0,) * 240,
+                tuple(i % 34 for i in range(320)),
+                tuple(max(0, i % 34 - 5) for i in range(320)),
+            ),
+            GroupCase(16, 64, (1,) * 100, tuple(7 * i % 66 for i in range(100)), (0,) * 100),
+            GroupCase(4, 64, (6, 8, 7, -3, 4), (1000, 200, 64, 9, 15), (900, 0, 63, 2, 15)),
+            GroupCase(16, 64, (4, 1, 8) * 12, (1,) * 36, (1, 0, 0) * 12),
+            GroupCase(16, 128, (4, 8, 1, 0, 3), (30, 1, 70, 0, 16), (25, 1, 0, 0, 16)),
         ]
     return cases
 
@@ -133,16 +184,35 @@ class SelfInputs:
     positions: torch.Tensor
     num_heads: int
     ready: bool = False
+    groups: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    tiles: SelfTiles | GroupTiles | None = None
 
     def run(self) -> torch.Tensor:
-        """The op over a poisoned output."""
+        """The op over a poisoned output; with groups, NaN for entries of none, whatever is there."""
         operands, out = (self.q, self.cells, self.ancestry, self.rows, self.positions), _poisoned(self.q)
-        return decode_self_attention(*operands, num_heads=self.num_heads, out=out, history_ready=self.ready)
+        return self._grouped(
+            decode_self_attention(
+                *operands,
+                num_heads=self.num_heads,
+                out=out,
+                tiles=self.tiles,
+                history_ready=self.ready,
+                groups=self.groups,
+            )
+        )
 
     def truth(self) -> torch.Tensor:
         """The slow twin."""
         operands = self.q, self.cells, self.ancestry, self.rows, self.positions
-        return decode_self_attention_reference(*operands, num_heads=self.num_heads)
+        return self._grouped(decode_self_attention_reference(*operands, num_heads=self.num_heads))
+
+    def _grouped(self, out: torch.Tensor) -> torch.Tensor:
+        if self.groups is None:
+            return out
+        inside = torch.zeros(len(out), dtype=torch.bool)
+        for slot, start, count in zip(*(t.tolist() for t in self.groups), strict=True):
+            inside[start : start + (count if slot >= 0 else 0)] = True
+        return torch.where(inside.to(out.device)[:, None], out, _NAN)
 
 
 def self_inputs(case: SelfCase, device: torch.device, dtype: torch.dtype, seed: int = 0) -> SelfInputs:
@@ -174,6 +244,42 @@ def self_inputs(case: SelfCase, device: torch.device, dtype: torch.dtype, seed: 
     return SelfInputs(q, cells, ancestry.to(device), rows.to(device), positions.to(device), case.num_heads)
 
 
+def group_inputs(case: GroupCase, device: torch.device, dtype: torch.dtype, seed: int = 0) -> SelfInputs:
+    """Random operands. A position that all entries of a group share is held by one of their cache rows, any other by any of
+    them; groups lie in random order, an entry of no group follows each, and unused groups have nothing that may be read."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.tensor(case.counts)
+    sizes, d_model, longest = counts.abs(), case.num_heads * case.head_dim, max(case.positions) + 1
+    order = torch.randperm(len(sizes), generator=generator)
+    starts = torch.empty_like(order)
+    starts[order] = (sizes[order] + 1).cumsum(0) - sizes[order] - 1
+    num_entries = int((sizes + 1).sum())
+    rows = torch.full((num_entries,), -1)
+    positions = torch.full((num_entries,), _BEYOND)
+    free = torch.randperm(num_entries, generator=generator)
+    ancestry = torch.full((num_entries, longest + 1), _BEYOND)
+    cells = torch.full((num_entries, longest, 2, case.num_heads, case.head_dim), _NAN)
+    q = torch.full((num_entries, d_model + 16), _NAN)
+    for start, count, last, shared in zip(starts.tolist(), case.counts, case.positions, case.shared, strict=True):
+        if count <= 0:
+            continue
+        here, mine = slice(start, start + count), free[start : start + count]
+        rows[here], positions[here] = mine, last
+        held = mine[torch.randint(count, (count, last), generator=generator)]
+        held[:, :shared] = held[:1, :shared]
+        ancestry[mine, :last] = held
+        read = torch.cat((held, mine[:, None]), 1), torch.arange(last + 1).expand(count, -1)
+        cells[read] = torch.randn(cells[read].shape, generator=generator)
+        q[here, :d_model] = torch.randn(count, d_model, generator=generator) * 2
+    used = torch.where(counts == 0, -1, torch.arange(len(sizes)))
+    starts = torch.where(counts == 0, _BEYOND, starts)
+    q, cells = q.to(device, dtype)[:, :d_model], cells.to(device, dtype)
+    ancestry, rows, positions, used, starts, sizes = (
+        t.int().to(device) for t in (ancestry, rows, positions, used, starts, sizes)
+    )
+    return SelfInputs(q, cells, ancestry, rows, positions, case.num_heads, groups=(used, starts, sizes))
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class CrossInputs:
     """Operands of one case of decode_cross_attention."""
@@ -186,12 +292,15 @@ class CrossInputs:
     group_counts: torch.Tensor
     num_heads: int
     ready: bool = False
+    tiles: CrossTiles | GroupTiles | None = None
 
     def run(self) -> torch.Tensor:
         """The op over a poisoned output."""
         operands = self.q, self.cells, self.source_lengths, self.group_slots, self.group_starts, self.group_counts
         out = _poisoned(self.q)
-        return decode_cross_attention(*operands, num_heads=self.num_heads, out=out, source_ready=self.ready)
+        return decode_cross_attention(
+            *operands, num_heads=self.num_heads, out=out, tiles=self.tiles, source_ready=self.ready
+        )
 
     def truth(self) -> torch.Tensor:
         """The slow twin."""
@@ -266,8 +375,31 @@ def _poisoned(like: torch.Tensor) -> torch.Tensor:
     return torch.full(like.shape, _NAN, dtype=like.dtype, device=like.device)
 
 
-def check_inputs(inputs: SelfInputs | CrossInputs | EncoderInputs) -> float:
-    """Error of what must be written; inf when a row that must stay or be zero does not, or two runs on a GPU differ."""
+Inputs = SelfInputs | CrossInputs | EncoderInputs
+
+
+def check_inputs(inputs: Inputs) -> float:
+    """Error of what must be written, the largest of all kernels that may be asked for it; inf when a row that must stay or
+    be zero does not, or two runs on a GPU differ."""
+    return max(_error(one) for one in every_kernel(inputs))
+
+
+def every_kernel(inputs: Inputs) -> list[Inputs]:
+    """The inputs as they are, and with the tiles of every other kernel that this device has for them."""
+    found = [inputs]
+    if isinstance(inputs, EncoderInputs) or not inputs.q.is_cuda:
+        return found
+    head_dim = inputs.q.shape[1] // inputs.num_heads
+    hopper = torch.cuda.get_device_capability(inputs.q.device) == (9, 0) and inputs.q.dtype != torch.float32
+    if isinstance(inputs, CrossInputs):
+        tiles = CROSS_GROUP_TILES.get(head_dim, ()) if hopper else ()
+        return [inputs, *(dataclasses.replace(inputs, tiles=t) for t in (CROSS_TILES[head_dim], *tiles))]
+    if hopper and inputs.groups is not None and head_dim in SELF_GROUP_TILES:
+        found += [dataclasses.replace(inputs, tiles=SELF_GROUP_TILES[head_dim])]
+    return found
+
+
+def _error(inputs: Inputs) -> float:
     out, truth = inputs.run(), inputs.truth()
     if out.is_cuda:  # the second run reads cells before it waits
         again = inputs if isinstance(inputs, EncoderInputs) else dataclasses.replace(inputs, ready=True)
@@ -279,12 +411,12 @@ def check_inputs(inputs: SelfInputs | CrossInputs | EncoderInputs) -> float:
     return relative_error(out[~unwritten], truth[~unwritten])
 
 
-def make_inputs(
-    case: SelfCase | CrossCase | EncoderCase, device: torch.device, dtype: torch.dtype
-) -> SelfInputs | CrossInputs | EncoderInputs:
+def make_inputs(case: SelfCase | GroupCase | CrossCase | EncoderCase, device: torch.device, dtype: torch.dtype) -> Inputs:
     """Operands of any case."""
     if isinstance(case, SelfCase):
         return self_inputs(case, device, dtype)
+    if isinstance(case, GroupCase):
+        return group_inputs(case, device, dtype)
     if isinstance(case, CrossCase):
         return cross_inputs(case, device, dtype)
     return encoder_inputs(case, device, dtype)
@@ -292,8 +424,8 @@ def make_inputs(
 
 def attention_failures(device: torch.device, dtype: torch.dtype, limit: float, *, large: bool) -> Iterator[str]:
     """One line for each case of each op whose error is not within the limit."""
-    cases: list[SelfCase | CrossCase | EncoderCase] = [*self_cases(large=large), *cross_cases(large=large)]
-    cases += encoder_cases(large=large)
+    cases: list[SelfCase | GroupCase | CrossCase | EncoderCase] = [*self_cases(large=large), *group_cases(large=large)]
+    cases += [*cross_cases(large=large), *encoder_cases(large=large)]
     for case in cases:
         error = check_inputs(make_inputs(case, device, dtype))
         if not error <= limit:

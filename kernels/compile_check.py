@@ -14,7 +14,7 @@ from kernels.add_layernorm.jobs import add_layernorm_jobs
 from kernels.beam_search.jobs import search_jobs
 from kernels.cases import NLLB_54B, PAPER, PRECISIONS
 from kernels.compile_ahead import Job, compile_ahead
-from kernels.decode_attention.jobs import decode_attention_jobs
+from kernels.decode_attention.jobs import decode_attention_jobs, group_jobs
 from kernels.embed.jobs import embed_jobs
 from kernels.encoder_attention.jobs import encoder_attention_jobs
 from kernels.expert_gemm.jobs import ffn_jobs
@@ -49,6 +49,8 @@ def jobs_for(capability: int) -> list[Job]:
         found += default_jobs(shape.d_model, capability) + embed_jobs(shape.d_model, dtype)
     for d_model in (256, 512, 1024, 2048):  # head_dim 16, 32, 64, 128
         found += decode_attention_jobs(d_model, 16, dtype) + encoder_attention_jobs(d_model, 16, dtype)
+        if capability == 90:
+            found += group_jobs(d_model, 16, dtype)
     return found + search_jobs()
 
 

@@ -183,7 +183,6 @@ def head_check_jobs(dtype: torch.dtype) -> list[Job]:
             c.tiles or default_tiles(c.num_rows, dtype),
             dtype,
             has_banned=ban,
-            logits_stride=c.vocab_size + _EXTRA_COLUMNS,
         )
     ]
 

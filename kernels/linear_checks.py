@@ -47,7 +47,7 @@ class LinearCase:
         flags = [f for f in ("int8", "norm", "relu", "residual", "bias") if getattr(self, f)]
         t = self.tiles
         tiles = "auto" if t is None else "library" if t.library else f"n{t.bn}k{t.bk}r{t.br}w{t.warps}s{t.stages}x{t.split}"
-        parts = ["statistics"] if t is not None and not t.fuse_norm else []
+        parts = [] if t is None else ["statistics"] * (not t.fuse_norm) + ["specialized"] * t.specialized
         return "-".join([f"R{self.rows}-N{self.n}-K{self.k}", tiles, *parts, *flags])
 
 
@@ -97,6 +97,27 @@ def linear_cases(*, large: bool) -> list[LinearCase]:
                         continue
                     int8 = (rows + n) % 2 == 1 and not (t is not None and t.library)
                     cases.append(LinearCase(rows, n, k, t, int8=int8, norm=k < 3000, relu=rows == 64, residual=n <= k))
+    return cases
+
+
+def specialized_cases() -> list[LinearCase]:
+    """Hopper's own kernel, bf16 and fp16 only: either side wide, one step, fewer and more steps than stages, ragged rows."""
+    tiles = [
+        LinearTiles(64, 128, 16, stages=2, overlap=True, specialized=True),
+        LinearTiles(64, 64, 32, stages=8, prefetch=True, overlap=True, specialized=True),
+        LinearTiles(128, 256, 16, stages=2, warps=8, specialized=True),
+        LinearTiles(64, 128, 64, stages=3, fuse_norm=False, overlap=True, specialized=True),
+        LinearTiles(256, 64, 64, stages=4, warps=8, prefetch=True, overlap=True, specialized=True),
+        LinearTiles(128, 64, 128, stages=4, warps=8, overlap=True, specialized=True),
+        LinearTiles(64, 128, 64, stages=3, overlap=True, specialized=True),
+    ]
+    forms = [{}, {"norm": True, "relu": True}, {"norm": True}, {"residual": True}, {"relu": True, "residual": True}]
+    cases = []
+    for index, t in enumerate(tiles):
+        for number, form in enumerate(forms):
+            n, k = ((256, 256), (768, 1024), (1024, 4096))[(index + number) % 3]
+            rows = (1, 15, 64, 130, 321)[(2 * index + number) % 5]
+            cases.append(LinearCase(rows, n, k, t, bias=number != 3, **form))
     return cases
 
 
@@ -200,6 +221,11 @@ QKV_TILES = (
     LinearTiles(library=True),
 )
 QKV_SIZES = ((1, 16, 32), (17, 21, 65), (9, 64, 48))
+SPECIALIZED_QKV = (  # rows, D, K, tiles: for `check_qkv_linear` in 16 bits on Hopper
+    (17, 64, 128, LinearTiles(64, 64, 16, stages=3, specialized=True)),
+    (320, 1024, 1024, LinearTiles(128, 128, 64, stages=4, fuse_norm=False, overlap=True, specialized=True)),
+    (96, 1024, 1024, LinearTiles(128, 128, 32, stages=4, prefetch=True, overlap=True, specialized=True)),
+)
 
 
 def check_embed(rows: int, d: int, device: torch.device, dtype: torch.dtype) -> bool:
@@ -232,13 +258,18 @@ def linear_check_jobs(dtype: torch.dtype) -> list[Job]:
         tiles = c.tiles or default_tiles(c.n, c.k, c.rows, 8 if c.int8 else 16, fixed=False)
         options = {"norm": c.norm, "relu": c.relu, "mode": int(c.residual), "int8": c.int8, "hopper": True}
         jobs += linear_jobs(c.n, c.k, tiles, dtype, **options)  # type: ignore[arg-type]
+    if dtype != torch.float32:
+        for c in specialized_cases():
+            options = {"norm": c.norm, "relu": c.relu, "mode": int(c.residual), "hopper": True}
+            jobs += linear_jobs(c.n, c.k, c.tiles, dtype, **options)  # type: ignore[arg-type]
     return list({repr(job): job for job in jobs}.values())
 
 
 def linear_failures(device: torch.device, dtype: torch.dtype, limit: float) -> list[str]:
     """Every check of this module on a GPU; what failed, one line each."""
     failed = []
-    for case in linear_cases(large=True):
+    hopper = dtype != torch.float32 and torch.cuda.get_device_capability(device)[0] == 9
+    for case in linear_cases(large=True) + (specialized_cases() if hopper else []):
         error = check_small_linear(case, device, dtype)
         if not error <= limit:
             failed.append(f"small_linear {dtype} {case.name}: error {error:.2e}")
@@ -248,5 +279,9 @@ def linear_failures(device: torch.device, dtype: torch.dtype, limit: float) -> l
                 error = check_qkv_linear(*sizes, tiles, device, dtype, int8=int8)
                 if not error <= limit:
                     failed.append(f"qkv_linear {dtype} {sizes} {tiles} int8={int8}: error {error:.2e}")
+    for rows, d, k, own in SPECIALIZED_QKV if hopper else ():
+        error = check_qkv_linear(rows, d, k, own, device, dtype)
+        if not error <= limit:
+            failed.append(f"qkv_linear {dtype} {(rows, d, k)} {own}: error {error:.2e}")
     failed += [f"embed {dtype} {s}: bits differ" for s in (*EMBED_SIZES, (320, 2048)) if not check_embed(*s, device, dtype)]
     return failed

@@ -61,6 +61,18 @@ _MORE_ROWS = [
     (128, 64, 128, 4, 4),
     (64, 128, 128, 8, 3),
 ]
+# for Hopper's own kernel, from 5 rows on
+_SPECIALIZED = [
+    (64, 128, 16, 4, 8),
+    (64, 256, 16, 4, 5),
+    (128, 128, 16, 4, 4),
+    (64, 128, 32, 4, 8),
+    (128, 128, 32, 4, 4),
+    (64, 128, 64, 4, 5),
+    (128, 128, 64, 4, 4),
+    (256, 64, 64, 8, 5),
+    (128, 64, 128, 8, 6),
+]
 _NO_DOT = [(4, 1), (8, 2), (8, 4), (4, 2), (16, 4), (4, 8), (2, 4), (8, 8)]  # (bn, warps), for 1 to 4 rows
 _FIXED = [(64, 128, 16, 4, 4), (64, 128, 32, 4, 4), (64, 64, 64, 4, 5)]  # timed at every size, for the fixed-order mode
 
@@ -77,6 +89,7 @@ def candidates(shape: LinearShape, rows: int, *, overlap: bool = False) -> list[
     if rows <= 4:
         no_dot = [LinearTiles(bn, br=next_power_of_two(rows), warps=warps, overlap=overlap) for bn, warps in _NO_DOT]
         found |= dict.fromkeys(no_dot, 0)
+    found |= dict.fromkeys(specialized_candidates(shape, rows, overlap=overlap), 0)
     sets = (_FEW_ROWS if rows <= 32 else []) + ([t for t in _MORE_ROWS if t[2] <= rows] if rows > 16 else [])
     for place, (bn, bk, br, warps, stages) in enumerate(sets):
         programs = -(-shape.n // bn) * -(-rows // br)
@@ -91,6 +104,17 @@ def candidates(shape: LinearShape, rows: int, *, overlap: bool = False) -> list[
                     if shape.norm and fused and br == 64:
                         found.setdefault(dataclasses.replace(tiles, gram=True), changed + prefetch + place // 8)
     return sorted(found, key=found.__getitem__)
+
+
+def specialized_candidates(shape: LinearShape, rows: int, *, overlap: bool = False) -> list[LinearTiles]:
+    """Tiles of Hopper's own kernel, which takes 16-bit weights only."""
+    features = shape.n // 3 if shape.cache else shape.n
+    return [
+        LinearTiles(bn, bk, br, 1, warps, stages, fused, prefetch=True, overlap=overlap, specialized=True)
+        for bn, bk, br, warps, stages in _SPECIALIZED
+        if rows > 4 and br // 2 < rows <= 16 * br and features % bn == 0 and shape.k % bk == 0
+        for fused in ((True, False) if shape.norm else (True,))
+    ]
 
 
 def fixed_candidates(shape: LinearShape, *, overlap: bool = False) -> list[LinearTiles]:
@@ -217,6 +241,7 @@ def tiles_key(tiles: LinearTiles) -> str:
     if tiles.no_dot:
         return f"n{tiles.bn} r{tiles.br} w{tiles.warps}" + (" overlap" if tiles.overlap else "")
     flags = {"statistics": not tiles.fuse_norm, "gram": tiles.gram, "prefetch": tiles.prefetch, "overlap": tiles.overlap}
+    flags |= {"specialized": tiles.specialized}
     sizes = f"n{tiles.bn} k{tiles.bk} r{tiles.br} x{tiles.split} w{tiles.warps} s{tiles.stages}"
     return " ".join([sizes, *(flag for flag, on in flags.items() if on)])
 
@@ -236,11 +261,11 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.summarize:
         points = [(s, b, r) for b in options.bits for r in options.sizes for d in options.d for s in layer_shapes(d)]
-        # torch has no GEMM over int8 weights
+        # torch has no GEMM over int8 weights, Hopper's own kernel none either
         plan = {
-            p: [t for t in candidates(p[0], p[2], overlap=options.overlap) if p[1] == 16 or not t.library][
-                : options.candidates
-            ]
+            p: [
+                t for t in candidates(p[0], p[2], overlap=options.overlap) if p[1] == 16 or not (t.library or t.specialized)
+            ][: options.candidates]
             for p in points
         }
         measure(plan, compile_variants(plan), options.out, options.limit_s)

@@ -6,11 +6,10 @@ Little work, so that a tool which slows a GPU down tens of times (compute-saniti
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-from kernels.attention_checks import CrossCase, EncoderCase, SelfCase, check_inputs, make_inputs
+from kernels.attention_checks import CrossCase, EncoderCase, GroupCase, SelfCase, check_inputs, make_inputs
 from kernels.cases import PRECISIONS
 from kernels.checks import (
     LIMITS,
@@ -43,11 +42,17 @@ EXPERT_CASES = (
     ExpertCase(5, 96, 72, 3, 2, _BF16, FfnTiles(16, join=1, fused=True, dynamic=True), "none"),
     ExpertCase(33, 96, 72, 4, 1, _BF16, FfnTiles(16, join=2), "one"),
 )
-ATTENTION_CASES: tuple[SelfCase | CrossCase | EncoderCase, ...] = (
+HOPPER_EXPERT_CASES = (
+    ExpertCase(19, 512, 512, 3, 2, _W4, FfnTiles(32, 128, 64, stages=2, programs_per_sm=1, pipelined=True), "few"),
+    ExpertCase(37, 512, 256, 2, 1, _W8, FfnTiles(32, 64, 128, stages=2, programs_per_sm=1, pipelined=True), "one"),
+)
+ATTENTION_CASES: tuple[SelfCase | GroupCase | CrossCase | EncoderCase, ...] = (
     SelfCase(3, 32, (5, 0, 17, 33)),
     SelfCase(2, 64, (9, 9, 9, 37, 37, 37, 1), beam=3, max_positions=40),
     CrossCase(3, 32, (4, 0, 8, 1), (24, 10, 33, 65)),
+    GroupCase(2, 64, (8, -2, 2, 5), (40, 7, 1, 33), (39, 3, 1, 32)),
     CrossCase(1, 128, (2, 4, 0), (40, 0, 0)),
+    CrossCase(2, 64, (3, 5), (31, 70)),
     EncoderCase(1, 64, (3, -2, 70, 1, -3)),
 )
 LINEAR_CASES = (
@@ -56,6 +61,12 @@ LINEAR_CASES = (
     LinearCase(3, 64, 96, LinearTiles(64, 32, 16, prefetch=True, overlap=True), relu=True),
     LinearCase(17, 75, 96, LinearTiles(library=True), norm=True, relu=True),
     LinearCase(33, 17, 300, norm=True, int8=True),
+    LinearCase(1, 33, 131, LinearTiles(4, br=1, warps=1, overlap=True), norm=True, relu=True),
+    LinearCase(3, 35, 96, LinearTiles(8, br=4, overlap=True), residual=True, int8=True),
+    LinearCase(67, 40, 96, LinearTiles(32, 32, 64, gram=True, overlap=True), norm=True),
+)
+HOPPER_LINEAR_CASES = (
+    LinearCase(17, 64, 128, LinearTiles(64, 64, 16, stages=3, overlap=True, specialized=True), norm=True, relu=True),
 )
 QKV_CASES = ((17, 21, 65, LinearTiles(32, 32, 16)), (9, 64, 48, LinearTiles(16, 64, 16, split=2)))
 HEAD_CASES = (
@@ -63,46 +74,52 @@ HEAD_CASES = (
     HeadCase(3, 33, 129, 2, bits=8, tiles=HeadTiles(64, 16, block_features=32)),
     HeadCase(34, 32, 127, 2, tiles=HeadTiles(64, 32, 16, block_features=32, slice_rows=16, gated=True, tma=True)),
 )
+HOPPER_HEAD_CASES = (
+    HeadCase(34, 64, 330, 2, tiles=HeadTiles(128, 128, stages=6, gated=True, tma=True, specialized=True)),
+    HeadCase(129, 96, 257, 8, tiles=HeadTiles(128, 128, 64, stages=5, tma=True, specialized=True)),
+)
 
 
 def small_jobs(dtypes: tuple[torch.dtype, ...]) -> list[Job]:
     """Compile jobs of the kernels that take longest to compile, on a Hopper GPU."""
     jobs: list[Job] = []
     for dtype in dtypes:
-        for c in EXPERT_CASES:
+        for c in (*EXPERT_CASES, *HOPPER_EXPERT_CASES):
             p = c.precision
             jobs += ffn_jobs(c.d_model, c.d_ff, c.top_k, p.bits, p.group_size, c.tiles, dtype)
         for expert_tiles in EXPERT_TILES:
             jobs += ffn_jobs(TINY.d_model, TINY.d_ff, TINY.top_k, 4, 0, expert_tiles, dtype)
-        for line in LINEAR_CASES:
+        for line in (*LINEAR_CASES, *HOPPER_LINEAR_CASES):
             tiles = line.tiles or default_linear_tiles(line.n, line.k, line.rows, 8 if line.int8 else 16, fixed=False)
             flags = {"int8": line.int8, "norm": line.norm, "relu": line.relu}
             jobs += linear_jobs(line.n, line.k, tiles, dtype, **flags, mode=int(line.residual), hopper=True)
-        for h in HEAD_CASES:
-            head_tiles, stride = h.tiles or default_head_tiles(h.num_rows, dtype), h.vocab_size + 3
+        for h in (*HEAD_CASES, *HOPPER_HEAD_CASES):
+            head_tiles = h.tiles or default_head_tiles(h.num_rows, dtype)
             for ban in (True, False):
-                options: dict[str, Any] = {"has_banned": ban, "logits_stride": stride}
-                jobs += head_jobs(h.num_features, h.vocab_size, h.k, h.bits, head_tiles, dtype, **options)
+                jobs += head_jobs(h.num_features, h.vocab_size, h.k, h.bits, head_tiles, dtype, has_banned=ban)
     return jobs
 
 
 def small_failures(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
     """One line for each case that fails on this device."""
     limit = LIMITS[dtype]
-    errors = [(f"expert_ffn {case.name}", check_expert_case(case, device, dtype)) for case in EXPERT_CASES]
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    experts = (*EXPERT_CASES, *HOPPER_EXPERT_CASES) if hopper else EXPERT_CASES
+    errors = [(f"expert_ffn {case.name}", check_expert_case(case, device, dtype)) for case in experts]
     errors += [(f"add_layernorm {s}", check_add_layernorm(*s, device, dtype)) for s in ((3, 100, 1), (2, 1000, 2))]
     errors += [
         (f"{type(c).__name__.removesuffix('Case')} attention {c.name}", check_inputs(make_inputs(c, device, dtype)))
         for c in ATTENTION_CASES
     ]
-    errors += [(f"small_linear {line.name}", check_small_linear(line, device, dtype)) for line in LINEAR_CASES]
+    lines = (*LINEAR_CASES, *HOPPER_LINEAR_CASES) if hopper else LINEAR_CASES
+    errors += [(f"small_linear {line.name}", check_small_linear(line, device, dtype)) for line in lines]
     errors += [(f"qkv_linear {c}", check_qkv_linear(*c, device, dtype)) for c in QKV_CASES]
     yield from (f"{name} {dtype}: error {error:.2e}" for name, error in errors if not error <= limit)
-    for head in HEAD_CASES:
+    for head in (*HEAD_CASES, *HOPPER_HEAD_CASES) if hopper else HEAD_CASES:
         error = check_head_case(head, device, dtype)
         if not error <= HEAD_LIMIT:
             yield f"head_topk {head.name} {dtype}: error {error:.2e}"
-    for sizes in ((3, 64, 5, 2), (37, 64, 6, 2), (33, 128, 32, 1)):
+    for sizes in ((3, 64, 5, 2), (37, 64, 6, 2), (33, 128, 32, 1), (70, 64, 130, 2)):
         trouble = check_route(*sizes, device, dtype)
         if trouble:
             yield f"route {sizes} {dtype}: {trouble}"

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from engine.kv_cache import KVCache
@@ -32,7 +33,7 @@ from engine.model.transformer import DecoderLayer, Transformer
 from kernels.beam_search import StepInputs
 from kernels.decode_attention import decode_cross_attention, decode_self_attention
 from kernels.embed import embed
-from kernels.head_topk import Int8Head, TopTokens, fixed_tiles, head_topk, quantize_head, select_tiles
+from kernels.head_topk import Int8Head, TopTokens, fixed_tiles, head_topk, quantize_head, row_logits, select_tiles
 from kernels.small_linear import qkv_linear
 
 
@@ -101,10 +102,14 @@ class KernelDecoder:
         tiles = None
         if self._options.fixed_order:
             tiles = fixed_tiles(hidden.shape[1], vocab_size, bits, hidden.device, hidden.dtype)
-        if logits is not None:  # gated tiles leave out what cannot be among the best
-            tiles = tiles or select_tiles(len(hidden), hidden.shape[1], vocab_size, bits, hidden.device, hidden.dtype)
-            tiles = replace(tiles, gated=False)
-        return head_topk(hidden, self._head, k=k, vocab_size=vocab_size, banned=banned, logits_scratch=logits, tiles=tiles)
+        if logits is None:
+            return head_topk(hidden, self._head, k=k, vocab_size=vocab_size, banned=banned, tiles=tiles)
+        tiles = tiles or select_tiles(len(hidden), hidden.shape[1], vocab_size, bits, hidden.device, hidden.dtype)
+        tiles = replace(tiles, gated=False)  # gated tiles leave out what cannot be among the best
+        scratch = torch.empty_like(logits)
+        top = head_topk(hidden, self._head, k=k, vocab_size=vocab_size, banned=banned, logits_scratch=scratch, tiles=tiles)
+        row_logits(scratch, logits, tiles)
+        return top
 
     def _run(
         self,
@@ -127,9 +132,9 @@ class KernelDecoder:
             fixed=self._options.fixed_order,
             scratch=self._kernels.scratch,
         )
-        context = decode_self_attention(
-            query, cells, ancestry, inputs.rows, inputs.positions, num_heads=self._heads, history_ready=True
-        )
+        # Not history_ready: in its first step a sentence attends to its start token, whose cell this very step writes.
+        # The kernel has a wait for that case now; reading ahead comes back once it has run on a GPU (LOG.md).
+        context = decode_self_attention(query, cells, ancestry, inputs.rows, inputs.positions, num_heads=self._heads)
         self._kernels.linear(context, layer.self_out, residual=x)
         query = self._kernels.linear(settle(x, None, layer.cross_norm, layer.query), layer.query)
         context = decode_cross_attention(

@@ -6,7 +6,7 @@ Everything here can be captured in a CUDA graph: no host synchronisation, shapes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from engine.quantization.packed_experts import packed_experts
 from kernels.add_layernorm import add_layernorm, add_slots
 from kernels.expert_gemm import PackedExperts, expert_ffn, select_tiles
 from kernels.route import route, semaphores
+from kernels.routing import empty_routing
 from kernels.small_linear import (
     FoldedLinear,
     Int8Linear,
@@ -56,7 +57,11 @@ class KernelOptions:
 
 @dataclass(frozen=True, slots=True)
 class KernelExperts:
-    """One sparse layer: router float32 [E, D], both expert matrices packed, their biases, and the factor on all gates."""
+    """One sparse layer: router float32 [E, D], both expert matrices packed, their biases, and the factor on all gates.
+
+    tokens_per_expert int32[E]: where the router leaves its counts. It counts anyway, to order the pairs; a place that
+    outlives the step costs the step nothing.
+    """
 
     router_weight: Tensor
     router_bias: Tensor | None
@@ -65,6 +70,7 @@ class KernelExperts:
     fc2: PackedExperts
     fc2_bias: Tensor
     gate_scale: float
+    tokens_per_expert: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +121,8 @@ class KernelLayers:
             return None
         tiles = select_tiles(self._tile_pairs(x.shape[0]), layer.fc1)
         rows = normed(x, None, norm)
+        num_experts, d_model = layer.router_weight.shape
+        buffers = empty_routing(len(rows), TOP_K, num_experts, d_model, tiles.block_tokens, rows.device)
         routing = route(
             rows,
             layer.router_weight,
@@ -124,6 +132,7 @@ class KernelLayers:
             router_bias=layer.router_bias,
             active=active,
             gate_scale=layer.gate_scale,
+            out=replace(buffers, tokens_per_expert=layer.tokens_per_expert),
             fixed=self._options.fixed_order,
         )
         outputs = expert_ffn(rows, layer.fc1, layer.fc1_bias, layer.fc2, layer.fc2_bias, routing, tiles=tiles)
@@ -185,6 +194,7 @@ def kernel_feed_forward(
         fc2=packed_experts(layer.fc2, device),
         fc2_bias=layer.fc2_bias,
         gate_scale=layer.output_scale,
+        tokens_per_expert=layer.tokens_per_expert,
     )
 
 

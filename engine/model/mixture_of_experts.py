@@ -14,6 +14,8 @@ from torch import Tensor
 from engine.model.layers import Linear
 from engine.quantization.expert_stack import ExpertGroups, ExpertStack
 
+_ROW_MULTIPLE = 32  # int32: 128 bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Router:
@@ -41,6 +43,7 @@ class MixtureOfExperts:
     """out = sum over the token's two experts of output_scale * gate * fc2_e(relu(fc1_e(x))).
 
     fc1 [E, F, D], fc2 [E, D, F], fc1_bias [E, F], fc2_bias [E, D]; output_scale = 1 - moe_token_dropout.
+    tokens_per_expert int32[E]: every call leaves there how many tokens it gave to each expert.
     """
 
     router: Router
@@ -49,6 +52,7 @@ class MixtureOfExperts:
     fc2: ExpertStack
     fc2_bias: Tensor
     output_scale: float
+    tokens_per_expert: Tensor
 
     def pack(self) -> None:
         """See Linear.pack; expert stacks chose their layout when they were allocated."""
@@ -59,10 +63,33 @@ class MixtureOfExperts:
         expert_ids, gates = self.router(x)
         flat_ids = expert_ids.view(-1)
         order = torch.argsort(flat_ids, stable=True)
-        groups = ExpertGroups.from_counts(torch.bincount(flat_ids, minlength=self.fc1.num_experts))
+        counts = torch.bincount(flat_ids, minlength=self.fc1.num_experts)
+        self.tokens_per_expert.copy_(counts)
+        groups = ExpertGroups.from_counts(counts)
         hidden = self.fc1.grouped_linear(x.index_select(0, order // 2), self.fc1_bias, groups).relu_()
         outputs = self.fc2.grouped_linear(hidden, self.fc2_bias, groups).mul_(self.output_scale)
         return _combine(outputs, gates, order)
+
+
+@dataclass(frozen=True, slots=True)
+class StackLoad:
+    """What the newest pass gave to the experts of one stack. layers: places of its L sparse layers, ascending;
+    tokens_per_expert int32[L, E or more]: each layer writes its row, one copy reads them all. Columns past E are zero: rows
+    start on 128 bytes, so that kernels compiled for aligned pointers serve every layer."""
+
+    layers: tuple[int, ...]
+    num_experts: int
+    tokens_per_expert: Tensor
+
+    @classmethod
+    def allocate(cls, layers: tuple[int, ...], num_experts: int, device: torch.device) -> StackLoad:
+        """All zero."""
+        width = -(-num_experts // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        return cls(layers, num_experts, torch.zeros((len(layers), width), dtype=torch.int32, device=device))
+
+    def row(self, layer: int) -> Tensor:
+        """int32[E] of the layer at this place in the stack, which must be sparse."""
+        return self.tokens_per_expert[self.layers.index(layer), : self.num_experts]
 
 
 def _combine(outputs: Tensor, gates: Tensor, order: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from engine.config import ModelConfig
 from engine.kv_cache import KVCache
 from engine.model.attention import CrossAttention, DecodePlan, SelfAttention
 from engine.model.layers import DenseFeedForward, LayerNorm, Linear, clamp_overflow
-from engine.model.mixture_of_experts import MixtureOfExperts
+from engine.model.mixture_of_experts import MixtureOfExperts, StackLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,8 @@ class Transformer:
     """Weights and the three passes over them. Every call runs without autograd.
 
     embedding [V padded to a multiple of 64, D], zero in the padding; output_projection: the same weights as a linear map
-    without bias. positions [rows, D]: the sinusoidal table. After filling the weights call `pack` once.
+    without bias. positions [rows, D]: the sinusoidal table. encoder_load, decoder_load: what the newest `encode` and
+    `decode` gave to the experts. After filling the weights call `pack` once.
     """
 
     config: ModelConfig
@@ -80,6 +81,8 @@ class Transformer:
     encoder_norm: LayerNorm
     decoder_layers: tuple[DecoderLayer, ...]
     decoder_norm: LayerNorm
+    encoder_load: StackLoad
+    decoder_load: StackLoad
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from kernels.dependency import prefetch_piece, wait_for_inputs
+
 
 @triton.jit
 def _sum_of_slots(
@@ -53,9 +55,11 @@ def add_layernorm_kernel(
     mask = d < D
     weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    if OVERLAP:  # all but the weights may still be being written, and outputs read, by the kernels before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    SIZE: tl.constexpr = D * residual_ptr.dtype.element_ty.primitive_bitwidth // 8
+    prefetch_piece(residual_ptr + row * D, SIZE, OVERLAP)
+    if SLOTS > 0:
+        prefetch_piece(delta_ptr + row * (SLOTS * D), SLOTS * SIZE, OVERLAP)
+    wait_for_inputs(OVERLAP)
     x = tl.load(residual_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
     if SLOTS > 0:
         total = _sum_of_slots(delta_ptr, ids_ptr, row, d, mask, D, D == D_PAD, D_PAD, SLOTS, MASKED)
@@ -81,11 +85,15 @@ def add_slots_kernel(
     OVERLAP: tl.constexpr,
 ):
     """residual += sum over slots of delta, stored back: what `add_layernorm_kernel` does before its norm, same bits."""
-    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(1) * BLOCK
+    if D % BLOCK == 0:
+        SIZE: tl.constexpr = BLOCK * residual_ptr.dtype.element_ty.primitive_bitwidth // 8
+        prefetch_piece(residual_ptr + row * D + first, SIZE, OVERLAP)
+        for slot in tl.static_range(SLOTS):
+            prefetch_piece(delta_ptr + (row * SLOTS + slot) * D + first, SIZE, OVERLAP)
+    wait_for_inputs(OVERLAP)
+    d = first + tl.arange(0, BLOCK)
     mask = d < D
     x = tl.load(residual_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
     total = _sum_of_slots(delta_ptr, ids_ptr, row, d, mask, D, D % BLOCK == 0, BLOCK, SLOTS, MASKED)

@@ -6,6 +6,8 @@ N beams of the sentence (at most NB = 8), K candidates a row, T + 1 = POSITIONS 
 import triton
 import triton.language as tl
 
+from kernels.dependency import wait_for_inputs
+
 NEVER = tl.constexpr(-1.0e9)  # score of what must never win, finite as in transformers
 
 
@@ -86,9 +88,7 @@ def step_inputs_kernel(
 ):
     """Beam -1 is a start token at position 0, fed through the sentence's first row. Slot -1, or a sentence that has
     finished: an idle entry."""
-    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(OVERLAP)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = e < R
     slot = tl.load(entry_slots_ptr + e, mask=inside, other=-1).to(tl.int64)
@@ -156,9 +156,7 @@ def advance_kernel(
 
     values, top_ids [R, K]: the K best log-probabilities of each entry and their tokens, best first.
     """
-    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(OVERLAP)
     group = tl.program_id(0)
     count = tl.load(group_counts_ptr + group)
     if count > 0:

@@ -2,8 +2,9 @@
 
 R entries (rows of the batch), H heads, DH head_dim; a cell is [2, H, DH]: key, then value. Scores are kept in powers of
 two (`scale_log2` = log2(e) / sqrt(DH)). The head is the fast axis of both grids: programs that run side by side read
-neighbouring bytes. AHEAD: all but the queries, and but an entry's own cell, is read before the kernel before is done; the
-same sums in the same order, so the same bits.
+neighbouring bytes. AHEAD: all but the queries, and but what this step writes, is read before the kernel before is done, and
+the next kernel may start before that too; the same sums in the same order, so the same bits. `grouped.py` has what 16 bits
+on Hopper take instead.
 """
 
 import triton
@@ -11,11 +12,19 @@ import triton.language as tl
 
 
 @triton.jit
-def _wait(now: tl.constexpr):
-    """Inputs may still be being written, and outputs read, by the kernels before: until here."""
-    if now:
-        tl.extra.cuda.gdc_wait()
+def _let_next_start(OVERLAP: tl.constexpr, AHEAD: tl.constexpr):
+    """With AHEAD the kernels behind may start at once; else only when those before are done."""
+    if OVERLAP:
+        if not AHEAD:
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _wait_for_queries(OVERLAP: tl.constexpr, AHEAD: tl.constexpr):
+    """Inputs may still be being written, and outputs read, by the kernels before: until here."""
+    if OVERLAP and AHEAD:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit(do_not_specialize=["R", "ancestry_stride"])
@@ -46,7 +55,7 @@ def decode_self_attention_kernel(
     the loop. A position that an entry does not have adds an exact zero to its lane: an entry's bits depend on neither its
     neighbours nor the length of the loop.
     """
-    _wait(OVERLAP and not AHEAD)
+    _let_next_start(OVERLAP, AHEAD)
     head = tl.program_id(0)
     e = tl.program_id(1) * BE + tl.arange(0, BE)
     d = tl.arange(0, DH)
@@ -59,10 +68,13 @@ def decode_self_attention_kernel(
     earlier = step < last[None, :, None]
     holder = tl.load(ancestry_ptrs, mask=earlier, other=0)
     k_ptrs = cells_ptr + (holder.to(tl.int64) * row_stride + step * (2 * H * DH) + head * DH)[:, :, :, None] + d
+    if AHEAD:  # noqa: SIM102 (the outer one is decided while compiling)
+        if tl.max((last == 1).to(tl.int32), 0) > 0:  # the cell of position 0 may be written by this very step
+            _wait_for_queries(OVERLAP, AHEAD)
     k = tl.load(k_ptrs, mask=earlier[:, :, :, None], other=0.0)
     v = tl.load(k_ptrs + H * DH, mask=earlier[:, :, :, None], other=0.0)
     holder = tl.load(ancestry_ptrs + BT, mask=step + BT < last[None, :, None], other=0)  # for the next step
-    _wait(OVERLAP and AHEAD)
+    _wait_for_queries(OVERLAP, AHEAD)
     active = (last >= 0)[:, None]
     q_ptrs = q_ptr + e.to(tl.int64)[:, None] * q_stride + head * DH + d[None, :]
     q = tl.load(q_ptrs, mask=active, other=0.0).to(tl.float32)
@@ -115,19 +127,23 @@ def decode_cross_attention_kernel(
     H: tl.constexpr,
     DH: tl.constexpr,
     BE: tl.constexpr,
+    MOST: tl.constexpr,
     BS: tl.constexpr,
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The group's entries are the rows of each dot (padded to BE): a source cell is read once for all of them."""
-    _wait(OVERLAP and not AHEAD)
+    """The group's entries, MOST at most, are the rows of each dot (padded to BE): a source cell is read once for all of
+    them. Unused groups end at once."""
+    _let_next_start(OVERLAP, AHEAD)
     head = tl.program_id(0)
     group = tl.program_id(1)
     slot = tl.load(slots_ptr + group)
     start = tl.load(starts_ptr + group)
     count = tl.load(counts_ptr + group)
-    count = tl.where(slot >= 0, count, 0)
+    count = tl.where(slot >= 0, tl.minimum(count, MOST), 0)
+    if (count <= 0) & (group > 0):  # the first stays, so that this launch is not over before the one before it
+        return
     length = tl.load(lengths_ptr + slot, mask=count > 0, other=0)
     i = tl.arange(0, BE)
     d = tl.arange(0, DH)
@@ -139,7 +155,7 @@ def decode_cross_attention_kernel(
     k_ptrs = cells + s[:, None] * (2 * H * DH) + d[None, :]
     k = tl.load(k_ptrs, mask=there[:, None], other=0.0)
     v = tl.load(k_ptrs + H * DH, mask=there[:, None], other=0.0)
-    _wait(OVERLAP and AHEAD)
+    _wait_for_queries(OVERLAP, AHEAD)
     q = tl.load(q_ptr + entry[:, None] * q_stride + (head * DH + d)[None, :], mask=live[:, None], other=0.0)
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
     score = tl.where(there[None, :], score, float("-inf"))

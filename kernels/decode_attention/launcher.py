@@ -1,42 +1,37 @@
 """Launchers of decode attention. R entries of the batch, N cache rows, T_max target positions, P source slots, G groups,
 H heads, Dh head_dim, D = H * Dh.
+
+Two kernels each: `kernel.py` runs everywhere, an entry's or a group's head a program. `grouped.py` is for 16 bits on Hopper:
+what costs there is the number of programs (1.25 ns each, and an engine's unused groups are programs too), so several heads
+share one, and the beams of a sentence share what they read of their histories.
 """
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+import functools
 
 import torch
 
+from kernels.decode_attention.tiles import (
+    CROSS_GROUP_TILES,
+    CROSS_TILES,
+    MANY_GROUPS,
+    MAX_AHEAD,
+    SELF_GROUP_TILES,
+    SELF_TILES,
+    CrossTiles,
+    GroupTiles,
+    SelfTiles,
+    cross_constants,
+    group_constants,
+    scale_log2,
+    self_constants,
+)
 from kernels.launch import check, overlap
 
-MAX_GROUP = 16  # entries of one source slot that a program takes: the smallest number of rows of a tensor-core dot
-MAX_AHEAD = (
-    1584  # programs that find room at once (12 on each of 132 multiprocessors): more would only wait in each other's way
-)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-
-class SelfTiles(NamedTuple):
-    """Entries of a program, warps that share an entry's positions, positions a thread asks for at once."""
-
-    entries: int
-    warps: int
-    steps: int
-
-
-class CrossTiles(NamedTuple):
-    """Source positions a step of the loop, and how."""
-
-    positions: int
-    num_warps: int
-    stages: int
-
-
-# By head_dim alone, never by R or G: an entry's bits do not depend on its batch.
-SELF_TILES = {16: SelfTiles(4, 1, 2), 32: SelfTiles(4, 1, 4), 64: SelfTiles(1, 1, 8), 128: SelfTiles(1, 1, 8)}
-CROSS_TILES = {16: CrossTiles(32, 2, 3), 32: CrossTiles(32, 2, 3), 64: CrossTiles(32, 2, 3), 128: CrossTiles(32, 2, 3)}
+Groups = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # slots, first entries, counts: int32[G] each
 
 
 def decode_self_attention(
@@ -48,8 +43,9 @@ def decode_self_attention(
     *,
     num_heads: int,
     out: torch.Tensor | None = None,
-    tiles: SelfTiles | None = None,
+    tiles: SelfTiles | GroupTiles | None = None,
     history_ready: bool = False,
+    groups: Groups | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(Dh)) v of every entry over positions 0..positions[e] of its hypothesis -> out [R, D].
 
@@ -59,8 +55,15 @@ def decode_self_attention(
     cells[rows[e], positions[e]], earlier ones in cells[ancestry[rows[e], t], t]. No other cell and no other column of
     ancestry is read. Rows, positions and ancestry within bounds are the caller's duty: they are not looked at here.
     Softmax and sums in fp32. One launch whose time follows positions. Same bits whatever else is in the batch.
-    history_ready: the caller knows that no launch still running when this one may start (see `kernels.launch`) writes rows,
-    positions, ancestry or earlier cells: then few entries read their first cells before they wait for q.
+    history_ready: the caller knows that no launch still running when this one may start writes rows, positions, ancestry or
+    earlier cells, but for the cell of position 0 of an entry at position 1 (a sentence's start token may be fed in the same
+    step): then these are read before q is waited for (by many entries only with groups). Such a launch, like those
+    of `small_linear`, lets the next one start before it waits itself: "still running" reaches back to the last launch that
+    waits first (see `kernels.launch`).
+    groups: (slots, first entries, counts), as of `decode_cross_attention`: runs of up to 8 entries that stand at one
+    position and are active or inactive together. Many entries in 16 bits on Hopper are then worked off by groups, with what
+    their histories share read once: entries of no group may then be left unwritten; an entry's bits may depend on the
+    histories of its own group, and differ from those without groups; a NaN in a cell reaches its whole group.
     Raises ValueError for shapes, types or strides that do not fit.
     """
     num_entries, head_dim = _check_queries(q, num_heads)
@@ -72,8 +75,18 @@ def decode_self_attention(
     _check_index("ancestry", ancestry, ancestry.shape)
     _check_index("rows", rows, (num_entries,))
     _check_index("positions", positions, (num_entries,))
+    if groups is not None:
+        _check_groups(groups)
     out = _output(q, out)
     if num_entries == 0:
+        return out
+    few = num_entries * num_heads <= MAX_AHEAD
+    if tiles is None and groups is not None and not few and head_dim in SELF_GROUP_TILES and _takes_groups(q):
+        tiles = SELF_GROUP_TILES[head_dim]
+    if isinstance(tiles, GroupTiles):
+        check(groups is not None and _takes_groups(q), "GroupTiles are for 16-bit groups on Hopper: leave out tiles")
+        if groups is not None and groups[0].numel() > 0:
+            _launch_self_groups(q, cells, ancestry, rows, positions, groups, out, num_heads, tiles, history_ready)
         return out
     from kernels.decode_attention.kernel import decode_self_attention_kernel
 
@@ -91,7 +104,7 @@ def decode_self_attention(
         ancestry.stride(0),
         scale_log2(head_dim),
         **self_constants(num_heads, head_dim, q.dtype, tiles),
-        AHEAD=history_ready and num_entries * num_heads <= MAX_AHEAD,
+        AHEAD=history_ready and few,
         **overlap(q),
     )
     return out
@@ -107,28 +120,33 @@ def decode_cross_attention(
     *,
     num_heads: int,
     out: torch.Tensor | None = None,
-    tiles: CrossTiles | None = None,
+    tiles: CrossTiles | GroupTiles | None = None,
     source_ready: bool = False,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(Dh)) v of every entry over the source sentence of its group -> out [R, D].
 
     q fp32/fp16/bf16[R, D], any row stride; cross_cells like q [P, S_max, 2, H, Dh] (key, value); source_lengths int32[P]
     (cells past it are not read; length 0 gives zeros). Group g is entries group_starts[g] .. + group_counts[g] - 1, all of
-    source slot group_slots[g]; all three int32[G]. Slot -1 or count 0: an unused group. Counts up to 16; entries beyond
+    source slot group_slots[g]; all three int32[G]. Slot -1 or count 0: an unused group. Counts up to 8; entries beyond
     are ignored. **Entries of no group are not written**: what `out` held stays (garbage in a fresh one). Indices within
     bounds are the caller's duty. Softmax in fp32. One launch. Same bits whatever the other groups hold.
     source_ready: the caller knows that no launch still running when this one may start writes anything of this but q: then
-    first cells are read before q is waited for.
+    first cells are read before q is waited for, and the next launch may start (as with history_ready).
     Raises ValueError for shapes, types or strides that do not fit.
     """
     _, head_dim = _check_queries(q, num_heads)
     _check_cells("cross_cells", cross_cells, q, num_heads)
     _check_index("source_lengths", source_lengths, (cross_cells.shape[0],))
-    num_groups = group_slots.numel()
-    for name, index in (("group_slots", group_slots), ("group_starts", group_starts), ("group_counts", group_counts)):
-        _check_index(name, index, (num_groups,))
+    num_groups = _check_groups((group_slots, group_starts, group_counts))
     out = _output(q, out)
     if num_groups == 0:
+        return out
+    if tiles is None and head_dim in CROSS_GROUP_TILES and _takes_groups(q):
+        tiles = CROSS_GROUP_TILES[head_dim][num_groups > MANY_GROUPS]
+    if isinstance(tiles, GroupTiles):
+        check(_takes_groups(q), "GroupTiles are for 16 bits on Hopper: leave out tiles")
+        groups = group_slots, group_starts, group_counts
+        _launch_cross_groups(q, cross_cells, source_lengths, groups, out, num_heads, tiles, source_ready)
         return out
     from kernels.decode_attention.kernel import decode_cross_attention_kernel
 
@@ -150,34 +168,76 @@ def decode_cross_attention(
     return out
 
 
-def scale_log2(head_dim: int) -> float:
-    """Factor that turns q k^T into the exponent of two of a softmax weight."""
-    return math.log2(math.e) / math.sqrt(head_dim)
+def _launch_self_groups(
+    q: torch.Tensor,
+    cells: torch.Tensor,
+    ancestry: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    groups: Groups,
+    out: torch.Tensor,
+    num_heads: int,
+    tiles: GroupTiles,
+    ready: bool,
+) -> None:
+    from kernels.decode_attention.grouped import self_group_kernel
+
+    head_dim = q.shape[1] // num_heads
+    constants = group_constants(num_heads, head_dim, tiles)
+    self_group_kernel[(num_heads // constants["HP"], groups[0].numel())](
+        q,
+        cells,
+        ancestry,
+        rows,
+        positions,
+        *groups,
+        out,
+        q.stride(0),
+        cells.stride(0),
+        ancestry.stride(0),
+        scale_log2(head_dim),
+        **constants,
+        AHEAD=ready,
+        **overlap(q),
+    )
 
 
-def self_constants(num_heads: int, head_dim: int, dtype: torch.dtype, tiles: SelfTiles) -> dict[str, int]:
-    """Compile-time arguments of decode_self_attention_kernel: a thread loads 16 bytes, so a warp 512 / (Dh * size) cells."""
-    lanes = tiles.warps * 512 // (head_dim * dtype.itemsize)
-    return {
-        "H": num_heads,
-        "DH": head_dim,
-        "BE": tiles.entries,
-        "BT": lanes * tiles.steps,
-        "LANES": lanes,
-        "num_warps": tiles.entries * tiles.warps,
-    }
+def _launch_cross_groups(
+    q: torch.Tensor,
+    cross_cells: torch.Tensor,
+    source_lengths: torch.Tensor,
+    groups: Groups,
+    out: torch.Tensor,
+    num_heads: int,
+    tiles: GroupTiles,
+    ready: bool,
+) -> None:
+    from kernels.decode_attention.grouped import cross_group_kernel
+
+    head_dim = q.shape[1] // num_heads
+    constants = group_constants(num_heads, head_dim, tiles)
+    cross_group_kernel[(num_heads // constants["HP"], groups[0].numel())](
+        q,
+        cross_cells,
+        source_lengths,
+        *groups,
+        out,
+        q.stride(0),
+        cross_cells.stride(0),
+        scale_log2(head_dim),
+        **constants,
+        AHEAD=ready,
+        **overlap(q),
+    )
 
 
-def cross_constants(num_heads: int, head_dim: int, tiles: CrossTiles) -> dict[str, int]:
-    """Compile-time arguments of decode_cross_attention_kernel."""
-    return {
-        "H": num_heads,
-        "DH": head_dim,
-        "BE": MAX_GROUP,
-        "BS": tiles.positions,
-        "STAGES": tiles.stages,
-        "num_warps": tiles.num_warps,
-    }
+def _takes_groups(q: torch.Tensor) -> bool:
+    return q.dtype != torch.float32 and q.is_cuda and _is_hopper(q.device)
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _check_queries(q: torch.Tensor, num_heads: int) -> tuple[int, int]:
@@ -203,6 +263,14 @@ def _check_index(name: str, index: torch.Tensor, shape: tuple[int, ...]) -> None
     check(tuple(index.shape) == tuple(shape), f"{name} is {tuple(index.shape)}; want {list(shape)}")
     check(index.dtype == torch.int32, f"{name} is {index.dtype}; convert it to int32")
     check(index.is_contiguous(), f"{name} must be contiguous: call .contiguous()")
+
+
+def _check_groups(groups: Groups) -> int:
+    """G of well-formed groups."""
+    num_groups = groups[0].numel()
+    for name, index in zip(("group_slots", "group_starts", "group_counts"), groups, strict=True):
+        _check_index(name, index, (num_groups,))
+    return num_groups
 
 
 def _output(q: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from kernels.dependency import wait_for_inputs
+
 
 @triton.jit(do_not_specialize=["V", "P", "pad"])
 def embed_kernel(
@@ -22,9 +24,7 @@ def embed_kernel(
 ):
     """GIVEN_ROWS: positions_ptr holds rows of the position table; else positions from 0. Compiled without fused
     multiply-add, since torch rounds the product before it adds."""
-    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(OVERLAP)
     dtype: tl.constexpr = table_ptr.dtype.element_ty
     r = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -7,6 +7,8 @@ log2(e) / sqrt(DH)).
 import triton
 import triton.language as tl
 
+from kernels.dependency import wait_for_inputs
+
 
 @triton.jit(do_not_specialize=["S"])
 def encoder_attention_kernel(
@@ -27,9 +29,7 @@ def encoder_attention_kernel(
     """Goes through the sentences of its tokens one by one, in key blocks counted from the sentence's start. A token of
     another sentence sees a block of -inf, which leaves its sums as they are: its bits depend neither on where its sentence
     lies in the pack nor on the sentences beside it."""
-    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(OVERLAP)
     head = tl.program_id(0)
     token = tl.program_id(1) * BM + tl.arange(0, BM)
     d = head * DH + tl.arange(0, DH)

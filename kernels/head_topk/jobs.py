@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.compile_ahead import Job
-from kernels.head_topk.launcher import chunk_constants, chunk_options, merge_constants, operands
+from kernels.head_topk.launcher import chunk_constants, chunk_options, merge_constants, operands, start_constants
 from kernels.head_topk.tiles import HeadTiles, default_tiles
 
 _MODULE = "kernels.head_topk.kernel"
@@ -20,26 +20,27 @@ def head_jobs(
     dtype: torch.dtype = torch.bfloat16,
     *,
     has_banned: bool = True,
-    logits_stride: int = 64,
 ) -> list[Job]:
-    """Jobs that cover one call with these tiles: both launches. logits_stride: whether it is a multiple of 16 matters."""
+    """Jobs that cover one call with these tiles: all launches, the products first."""
     f32, i32 = torch.float32, torch.int32
     weight = torch.int8 if bits == 8 else dtype
     inputs: tuple[object, ...] = dtype, weight, dtype
     if tiles.tma:  # only the types and block shapes matter: meta tensors have no memory
         x, matrix = (torch.empty(1024, num_features, dtype=t, device="meta") for t in (dtype, weight))
         inputs = operands(x, matrix, tiles)
-    outputs = (i32, f32, f32, f32, f32, f32, 320, vocab_size, logits_stride)
-    merge = (f32, f32, i32, f32, f32, f32, i32, f32, vocab_size, logits_stride)
+    outputs = (f32, f32, f32, 320, vocab_size)
+    merge = (f32, i32, f32, f32, f32, i32, f32, 320, vocab_size)
     constants = chunk_constants(num_features, k, bits, has_banned, tiles) | chunk_options(tiles)
     if tiles.specialized:
-        first: Job = ("kernels.head_topk.specialized", "head_specialized_kernel", (*inputs, *outputs, 1001), constants)
+        name = "head_specialized_kernel"
+        jobs: list[Job] = [("kernels.head_topk.specialized", name, (*inputs, i32, i32, i32, *outputs, 1001), constants)]
     else:
-        first = (_MODULE, "head_chunk_kernel", (*inputs, f32, *outputs), constants)
-    return [
-        first,
-        (_MODULE, "head_merge_kernel", merge, merge_constants(k, vocab_size, has_banned, tiles) | {"num_warps": 4}),
-    ]
+        jobs = [(_MODULE, "head_chunk_kernel", (*inputs, f32, i32, i32, *outputs), constants)]
+    jobs.append((_MODULE, "head_merge_kernel", merge, merge_constants(k, vocab_size, has_banned, tiles) | {"num_warps": 4}))
+    if tiles.gated or tiles.specialized:
+        start = start_constants(vocab_size, has_banned, tiles)
+        jobs.append((_MODULE, "head_start_kernel", (i32, i32, i32, 1001, 1001, vocab_size), start))
+    return jobs
 
 
 def default_head_jobs(num_features: int, vocab_size: int, dtype: torch.dtype) -> list[Job]:

@@ -3,10 +3,21 @@
 R rows, D features, V vocabulary (columns from V on are padding: never read), BV logits a chunk, C = ceil(V / BV) chunks.
 Weights are the M side of each dot, rows the n side: a step of one row pads to 16 lanes only, and int8 codes are converted
 in the registers that feed the dot. Logits stay in fp32: rounded to 16 bits many of them would tie.
+
+What the launches hand over, here and in `specialized`: partials fp32[C / PACK, R, PACK, 2], maximum and sum of a chunk of a
+row, packed so that neither side touches memory by single words; logits fp32[C][R][BV], chunk by chunk (the last chunk is as
+wide as what is left), so that what a program writes lies together; thresholds int32[GROUPS, R] (`_ordered`).
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _ordered(value):
+    """int32 that orders as the float does (its own inverse on the bits); -0.0 counts as 0.0, so that they tie."""
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -15,20 +26,19 @@ def _chunk_results(
     scale_ptr,
     banned_ptr,
     threshold_ptr,
-    max_ptr,
-    sum_ptr,
+    partial_ptr,
     banned_logit_ptr,
     logits_ptr,
     chunk,
     first,
     R,
     V,
-    logits_stride,
     BITS: tl.constexpr,
     BV: tl.constexpr,
     BR: tl.constexpr,
     SLICE: tl.constexpr,
     GROUPS: tl.constexpr,
+    PACK: tl.constexpr,
     HAS_BANNED: tl.constexpr,
     GATED: tl.constexpr,
 ):
@@ -42,20 +52,19 @@ def _chunk_results(
             scale_ptr,
             banned_ptr,
             threshold_ptr,
-            max_ptr,
-            sum_ptr,
+            partial_ptr,
             banned_logit_ptr,
             logits_ptr,
             chunk,
             first,
             R,
             V,
-            logits_stride,
             BITS,
             BV,
             BR // 2,
             SLICE,
             GROUPS,
+            PACK,
             HAS_BANNED,
             GATED,
         )
@@ -64,20 +73,19 @@ def _chunk_results(
             scale_ptr,
             banned_ptr,
             threshold_ptr,
-            max_ptr,
-            sum_ptr,
+            partial_ptr,
             banned_logit_ptr,
             logits_ptr,
             chunk,
             first + BR // 2,
             R,
             V,
-            logits_stride,
             BITS,
             BV,
             BR // 2,
             SLICE,
             GROUPS,
+            PACK,
             HAS_BANNED,
             GATED,
         )
@@ -88,8 +96,8 @@ def _chunk_results(
         if GATED:
             # Least of GROUPS >= k group maxima: k chunks reach it, so a chunk below it holds none of the k best. A stale
             # value is lower, hence safe: what is stored depends on timing, what is found does not.
-            group = rows[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
-            threshold = tl.min(tl.load(threshold_ptr + group, mask=live[:, None], other=0.0, cache_modifier=".cg"), 1)
+            group = tl.arange(0, GROUPS)[None, :] * R + rows[:, None]
+            threshold = tl.min(tl.load(threshold_ptr + group, mask=live[:, None], other=0, cache_modifier=".cg"), 1)
         if BITS == 8:
             acc *= tl.load(scale_ptr + v, mask=v < V, other=0.0)[:, None]
         acc = tl.where((v < V)[:, None], acc, float("-inf"))
@@ -103,15 +111,50 @@ def _chunk_results(
         top = tl.max(acc, 0)
         # exp(-inf - -inf) would be NaN where a chunk holds nothing but -inf; NaN or +inf makes the sum NaN, as it should
         total = tl.sum(tl.exp(acc - tl.where(top == float("-inf"), 0.0, top)[None, :]), 0)
-        at = rows.to(tl.int64) * tl.cdiv(V, BV) + chunk
-        tl.store(max_ptr + at, top, mask=live)
-        tl.store(sum_ptr + at, total, mask=live)
+        at = (chunk // PACK * R + rows) * (2 * PACK) + chunk % PACK * 2
+        tl.store(partial_ptr + at, top, mask=live)
+        tl.store(partial_ptr + at + 1, total, mask=live)
         keep = live
         if GATED:
-            keep = live & ~(top < threshold)
-            tl.atomic_max(threshold_ptr + rows * GROUPS + chunk % GROUPS, top, mask=keep, sem="relaxed")
-        at = rows.to(tl.int64)[None, :] * logits_stride + v[:, None]
+            order = _ordered(top)
+            keep = live & (order >= threshold)
+            tl.atomic_max(threshold_ptr + chunk % GROUPS * R + rows, order, mask=keep, sem="relaxed")
+        start = chunk * BV
+        at = start.to(tl.int64) * R + rows[None, :] * tl.minimum(V - start, BV) + tl.arange(0, BV)[:, None]
         tl.store(logits_ptr + at, acc, mask=keep[None, :] & (v < V)[:, None])
+
+
+@triton.jit(do_not_specialize=["N", "R"])
+def head_start_kernel(
+    threshold_ptr,
+    flag_ptr,
+    banned_ptr,
+    N,
+    R,
+    V,
+    BV: tl.constexpr,
+    FLAGS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_BANNED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One program: N thresholds that everything reaches, and (FLAGS > 0) for each BV tokens whether some row may not choose
+    one of them."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()  # the next kernel waits for this one before it reads anything
+        tl.extra.cuda.gdc_wait()
+    block = tl.arange(0, BLOCK)
+    for start in range(0, N, BLOCK):
+        tl.store(threshold_ptr + start + block, tl.full((BLOCK,), -(2**31), tl.int32), mask=start + block < N)
+    if FLAGS > 0:
+        flag = tl.arange(0, FLAGS)
+        tl.store(flag_ptr + flag, tl.zeros((FLAGS,), tl.int32), mask=flag < tl.cdiv(V, BV))
+        if HAS_BANNED:
+            tl.debug_barrier()
+            for start in range(0, R, BLOCK):
+                banned = tl.load(banned_ptr + start + block, mask=start + block < R, other=-1)
+                one = tl.full((BLOCK,), 1, tl.int32)
+                tl.store(flag_ptr + banned // BV, one, mask=(banned >= 0) & (banned < V))
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -122,13 +165,11 @@ def head_chunk_kernel(
     scale_ptr,
     banned_ptr,
     threshold_ptr,
-    max_ptr,
-    sum_ptr,
+    partial_ptr,
     banned_logit_ptr,
     logits_ptr,
     R,
     V,
-    logits_stride,
     D: tl.constexpr,
     BITS: tl.constexpr,
     BV: tl.constexpr,
@@ -137,6 +178,7 @@ def head_chunk_kernel(
     BK: tl.constexpr,
     SLICE: tl.constexpr,
     GROUPS: tl.constexpr,
+    PACK: tl.constexpr,
     HAS_BANNED: tl.constexpr,
     GATED: tl.constexpr,
     TMA: tl.constexpr,
@@ -191,20 +233,19 @@ def head_chunk_kernel(
         scale_ptr,
         banned_ptr,
         threshold_ptr,
-        max_ptr,
-        sum_ptr,
+        partial_ptr,
         banned_logit_ptr,
         logits_ptr,
         chunk,
         first,
         R,
         V,
-        logits_stride,
         BITS,
         BV,
         BR,
         SLICE,
         GROUPS,
+        PACK,
         HAS_BANNED,
         GATED,
     )
@@ -214,30 +255,22 @@ def head_chunk_kernel(
             scale_ptr,
             banned_ptr,
             threshold_ptr,
-            max_ptr,
-            sum_ptr,
+            partial_ptr,
             banned_logit_ptr,
             logits_ptr,
             chunk,
             first + BR,
             R,
             V,
-            logits_stride,
             BITS,
             BV,
             BR2,
             SLICE,
             GROUPS,
+            PACK,
             HAS_BANNED,
             GATED,
         )
-
-
-@triton.jit
-def _ordered(value):
-    """int32 that orders as the float does (its own inverse on the bits); -0.0 counts as 0.0, so that they tie."""
-    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -251,35 +284,37 @@ def _take_best(order, ids):
     return best, chosen, tl.where(ids == chosen, -(2**31), order)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def head_merge_kernel(
-    max_ptr,
-    sum_ptr,
+    partial_ptr,
     banned_ptr,
     banned_logit_ptr,
     logits_ptr,
     values_ptr,
     ids_ptr,
     lse_ptr,
+    R,
     V,
-    logits_stride,
     BV: tl.constexpr,
     C_PAD: tl.constexpr,
+    PACK: tl.constexpr,
+    LANED: tl.constexpr,
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     HAS_BANNED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One program = one row: log-sum-exp over all chunks; the K best logits lie in the K chunks that are best by
-    (maximum, lower index), and only those are read."""
+    (maximum, lower index), and only those are read. LANED: the order in which `specialized` writes the logits of a chunk."""
     if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     C = tl.cdiv(V, BV)
     c = tl.arange(0, C_PAD)
-    tops = tl.load(max_ptr + row * C + c, mask=c < C, other=float("-inf"))
-    sums = tl.load(sum_ptr + row * C + c, mask=c < C, other=0.0)
+    at = (c // PACK * R + row) * (2 * PACK) + c % PACK * 2
+    tops = tl.load(partial_ptr + at, mask=c < C, other=float("-inf"))
+    sums = tl.load(partial_ptr + at + 1, mask=c < C, other=0.0)
     peak = tl.max(tops, 0)
     banned = -1
     if HAS_BANNED:
@@ -300,9 +335,15 @@ def head_merge_kernel(
     for i in range(K):  # with fewer than K chunks the rest repeat chunk 0: a token is taken by its id, so only once
         _, chunk, order = _take_best(order, c)
         chunks = tl.where(slot == i, chunk, chunks)
-    ids = chunks[:, None] * BV + tl.arange(0, BV)[None, :]
+    place = tl.arange(0, BV)[None, :]
+    start = (chunks * BV)[:, None]
+    ids = start + place
     valid = (slot < K)[:, None] & (ids < V)
-    logits = tl.load(logits_ptr + row * logits_stride + ids, mask=valid, other=float("-inf"))
+    at = start.to(tl.int64) * R + row * tl.minimum(V - start, BV) + place
+    logits = tl.load(logits_ptr + at, mask=valid, other=float("-inf"))
+    if LANED:  # a lane of `specialized` writes its pairs of two neighbouring groups of 8 tokens in one piece
+        behind = place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
+        ids = tl.where(start + BV <= V, start + behind, ids)
     order = tl.where(valid & (ids != banned), _ordered(logits), -(2**31))
     nan = float("nan")
     for i in range(K):

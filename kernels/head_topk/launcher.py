@@ -14,6 +14,8 @@ from kernels.launch import check, next_power_of_two, overlap
 _MAX_K = 17  # two tokens for each of eight beams, and one
 _MERGE_WARPS = 4
 _MAX_CHUNKS = 8192  # the second launch holds one number for each in registers
+_PACK = 8  # chunks of a row whose maxima and sums lie together: 64 bytes
+_START_BLOCK = 1024
 
 
 def head_topk(
@@ -34,10 +36,10 @@ def head_topk(
     log_sum_exp, best first; equal values: lowest token id first. banned int32[R]: one token id that a row may not choose
     (-1: none); it still counts in log_sum_exp. A row with NaN or +inf among its logits (or nothing but -inf) gets NaN values
     and log_sum_exp and token id 0; other rows do not notice. logits_scratch: fp32[>= R, >= vocab_size] for the logits that
-    are read again (gated tiles write a part of it only); out: result of an earlier call to overwrite; both are allocated
-    when missing. tiles: default select_tiles; with fixed_tiles a row's bits do not depend on R or on other rows.
-    Two launches (gated tiles: and one fill), no host sync, same bits every run. Raises ValueError for arguments that do not
-    belong together.
+    are read again, in an order of the kernels' own (gated tiles write a part of them only); out: result of an earlier call
+    to overwrite; both are allocated when missing. tiles: default select_tiles; with fixed_tiles a row's bits do not depend
+    on R or on other rows. Two launches (gated tiles: three), no host sync, same bits every run. Raises ValueError for
+    arguments that do not belong together.
     """
     num_rows, num_features = x.shape
     _check(x, weight, k, vocab_size, banned)
@@ -81,49 +83,45 @@ def _launch(
     out: TopTokens,
     tiles: HeadTiles,
 ) -> None:
-    from kernels.head_topk.kernel import head_merge_kernel
+    from kernels.head_topk.kernel import head_chunk_kernel, head_merge_kernel, head_start_kernel
 
     num_rows, num_features = x.shape
     matrix, scales = (weight.codes, weight.scales) if isinstance(weight, Int8Head) else (weight, logits)
-    num_chunks = -(-vocab_size // tiles.chunk)
-    # two allocations: halves of one might not be aligned, and Triton compiles another kernel for an unaligned pointer
-    maxima, sums = logits.new_empty((num_rows, num_chunks)), logits.new_empty((num_rows, num_chunks))
+    # apart: a piece of one allocation might not be aligned, and Triton compiles another kernel for an unaligned pointer
+    partials = logits.new_empty((-(-vocab_size // (tiles.chunk * _PACK)), num_rows, _PACK, 2))
     banned_logits = logits.new_empty(num_rows)
-    bits = 8 if isinstance(weight, Int8Head) else 16
-    constants = chunk_constants(num_features, k, bits, banned is not None, tiles)
-    thresholds = logits
-    if tiles.gated:
-        thresholds = logits.new_full((constants["GROUPS"], num_rows), float("-inf"))
-    inputs = operands(x, matrix[:vocab_size], tiles)
+    bits, has_banned = 8 if isinstance(weight, Int8Head) else 16, banned is not None
     given = out.token_ids if banned is None else banned
-    outputs = (thresholds, maxima, sums, banned_logits, logits)
+    thresholds, flags = given, given  # for tiles that read neither
+    constants = chunk_constants(num_features, k, bits, has_banned, tiles)
+    if tiles.gated or tiles.specialized:
+        num_thresholds = constants["GROUPS"] * num_rows
+        thresholds = given.new_empty(num_thresholds)
+        flags = given.new_empty(-(-vocab_size // tiles.block_vocab))
+        start = start_constants(vocab_size, has_banned, tiles)
+        head_start_kernel[(1,)](thresholds, flags, given, num_thresholds, num_rows, vocab_size, **start, **overlap(x))
+    inputs = operands(x, matrix[:vocab_size], tiles)
     num_tiles = -(-vocab_size // tiles.block_vocab) * -(-num_rows // (tiles.block_rows + tiles.extra_rows))
-    sizes = (num_rows, vocab_size, logits.shape[1])
+    outputs = (partials, banned_logits, logits, num_rows, vocab_size)
+    options = {**constants, **chunk_options(tiles), **overlap(x)}
     if tiles.specialized:
         from kernels.head_topk.specialized import head_specialized_kernel
 
         grid = (min(num_tiles, _properties(x.device).multi_processor_count),)
-        head_specialized_kernel[grid](
-            *inputs, given, *outputs, *sizes, num_tiles, **constants, **chunk_options(tiles), **overlap(x)
-        )
+        head_specialized_kernel[grid](*inputs, given, thresholds, flags, *outputs, num_tiles, **options)
     else:
-        from kernels.head_topk.kernel import head_chunk_kernel
-
-        head_chunk_kernel[(num_tiles,)](
-            *inputs, scales, given, *outputs, *sizes, **constants, **chunk_options(tiles), **overlap(x)
-        )
+        head_chunk_kernel[(num_tiles,)](*inputs, scales, given, thresholds, *outputs, **options)
     head_merge_kernel[(num_rows,)](
-        maxima,
-        sums,
+        partials,
         given,
         banned_logits,
         logits,
         out.values,
         out.token_ids,
         out.log_sum_exp,
+        num_rows,
         vocab_size,
-        logits.shape[1],
-        **merge_constants(k, vocab_size, banned is not None, tiles),
+        **merge_constants(k, vocab_size, has_banned, tiles),
         num_warps=_MERGE_WARPS,
         **overlap(x),
     )
@@ -180,6 +178,7 @@ def chunk_constants(num_features: int, k: int, bits: int, has_banned: bool, tile
             "BK": tiles.block_features,
             "STAGES": tiles.stages,
             "GROUPS": max(8, next_power_of_two(k)),  # as many as the narrowest product has columns
+            "PACK": _PACK,
             "HAS_BANNED": has_banned,
             "GATED": tiles.gated,
         }
@@ -192,9 +191,21 @@ def chunk_constants(num_features: int, k: int, bits: int, has_banned: bool, tile
         "BK": tiles.block_features,
         "SLICE": tiles.slice_rows,
         "GROUPS": next_power_of_two(k),
+        "PACK": _PACK,
         "HAS_BANNED": has_banned,
         "GATED": tiles.gated,
         "TMA": tiles.tma,
+    }
+
+
+def start_constants(vocab_size: int, has_banned: bool, tiles: HeadTiles) -> dict[str, Any]:
+    """Compile-time arguments and options of `head_start_kernel`."""
+    return {
+        "BV": tiles.block_vocab,
+        "FLAGS": next_power_of_two(-(-vocab_size // tiles.block_vocab)) if tiles.specialized else 0,
+        "BLOCK": _START_BLOCK,
+        "HAS_BANNED": has_banned,
+        "num_warps": 8,
     }
 
 
@@ -203,6 +214,8 @@ def merge_constants(k: int, vocab_size: int, has_banned: bool, tiles: HeadTiles)
     return {
         "BV": tiles.chunk,
         "C_PAD": next_power_of_two(-(-vocab_size // tiles.chunk)),
+        "PACK": _PACK,
+        "LANED": tiles.specialized,
         "K": k,
         "K_PAD": next_power_of_two(k),
         "HAS_BANNED": has_banned,

@@ -1,10 +1,11 @@
 """The first launch of `head_topk` on Hopper for many rows: programs that live as long as the launch, with a loading warp.
 
 One warp brings tiles of weights and rows into a ring of shared memory; two groups of four warps multiply them and work off
-the results. A group that has finished its part takes the next tile at once, so that one group's results overlap the
-other's products, and the next tile's loads overlap both. Rows are the M side of each product: a row's logits then lie in
-four lanes of one warp, and its maximum and sum need two shuffles. Gluon has no interpreter; `kernel.head_chunk_kernel` is
-the plain twin. R rows, D features, V vocabulary, BV logits a tile, in two halves ("chunks") of CH.
+the results, while the next tile's loads fill the ring. Rows are the M side of each product: a row's logits then lie in four
+lanes of one warp, and its maximum and sum need two shuffles. Results are kept short, since nothing multiplies meanwhile:
+words in pieces, no branches, and what is rare (banned tokens, the vocabulary's end) behind one flag. Gluon has no
+interpreter; `kernel.head_chunk_kernel` is the plain twin, and says what the launches hand over. R rows, D features,
+V vocabulary, BV logits a tile, in two halves ("chunks") of CH.
 """
 # mypy: ignore-errors
 
@@ -14,95 +15,145 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 
 @gluon.jit
-def _ask(
-    threshold_ptr,
+def _bounds(threshold_ptr, first, R, BR: gl.constexpr, GROUPS: gl.constexpr):
+    """Thresholds of all groups for rows first ... [BR, GROUPS]; the four lanes that hold a row's logits share its loads."""
+    LG: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, GROUPS, 16])
+    group = gl.arange(0, GROUPS, layout=gl.SliceLayout(0, LG))
+    at = first + gl.arange(0, BR, layout=gl.SliceLayout(1, LG))
+    return gl.load(threshold_ptr + group[None, :] * R + at[:, None], mask=(at < R)[:, None], other=0, cache_modifier=".cg")
+
+
+@gluon.jit
+def _least(bounds, L: gl.constexpr):
+    """Least of GROUPS >= k group maxima: k chunks reach it, so a chunk below it holds none of the k best. A stale value is
+    lower, hence safe: what is stored depends on timing, what is found does not."""
+    return gl.convert_layout(gl.min(bounds, 1), gl.SliceLayout(1, L), assert_trivial=True)
+
+
+@gluon.jit
+def _ordered(value):
+    """As `kernel._ordered`."""
+    bits = gl.where(value == 0.0, 0.0, value).to(gl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@gluon.jit
+def _take_out(
+    acc,
     banned_ptr,
+    banned_logit_ptr,
     v0,
     first,
     R,
     V,
-    W: gl.constexpr,
+    CH: gl.constexpr,
     BR: gl.constexpr,
-    GROUPS: gl.constexpr,
     HAS_BANNED: gl.constexpr,
-    GATED: gl.constexpr,
     L: gl.constexpr,
 ):
-    """What results of rows first ... and logits v0 ... v0 + W need from memory: thresholds, banned tokens, whether any of
-    those lies here. Asked for while the last products still run."""
+    """acc[BR, CH] where what lies past the vocabulary and what a row may not choose is -inf; the latter's logit is kept."""
+    cols = gl.arange(0, CH, layout=gl.SliceLayout(0, L))
     rows = first + gl.arange(0, BR, layout=gl.SliceLayout(1, L))
-    live = rows < R
-    threshold = gl.zeros((BR,), gl.float32, layout=gl.SliceLayout(1, L))
-    if GATED:  # least of all groups; the four lanes that hold a row share its loads
-        LG: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, GROUPS, 16])
-        group = gl.arange(0, GROUPS, layout=gl.SliceLayout(0, LG))
-        at = first + gl.arange(0, BR, layout=gl.SliceLayout(1, LG))
-        bounds = gl.load(
-            threshold_ptr + group[None, :] * R + at[:, None], mask=(at < R)[:, None], other=0.0, cache_modifier=".cg"
-        )
-        threshold = gl.convert_layout(gl.min(bounds, 1), gl.SliceLayout(1, L), assert_trivial=True)
-    banned = gl.zeros((BR,), gl.int32, layout=gl.SliceLayout(1, L))
-    any_here = False
+    acc = gl.where((v0 + cols < V)[None, :], acc, float("-inf"))
     if HAS_BANNED:
-        banned = gl.load(banned_ptr + rows, mask=live, other=-1)
-        here = (banned >= v0) & (banned < gl.minimum(v0 + W, V))
-        any_here = gl.max(here.to(gl.int32), 0) > 0
-    return threshold, banned, any_here
+        banned = gl.load(banned_ptr + rows, mask=rows < R, other=-1)
+        here = (banned >= v0) & (banned < gl.minimum(v0 + CH, V))
+        hit = (v0 + cols)[None, :] == banned[:, None]
+        gl.store(banned_logit_ptr + rows, gl.sum(gl.where(hit, acc, 0.0), 1), mask=here & (rows < R))
+        acc = gl.where(hit & here[:, None], float("-inf"), acc)
+    return acc
 
 
 @gluon.jit
-def _chunk_results(
+def _tell(
     acc,
     threshold,
-    banned,
-    any_here,
     threshold_ptr,
-    max_ptr,
-    sum_ptr,
-    banned_logit_ptr,
+    partial_ptr,
+    v0,
+    first,
+    R,
+    V,
+    PACK: gl.constexpr,
+    CH: gl.constexpr,
+    BR: gl.constexpr,
+    GROUPS: gl.constexpr,
+    GATED: gl.constexpr,
+    L: gl.constexpr,
+):
+    """Store maximum and sum of exp(logit - maximum) of acc[BR, CH], raise the thresholds; the maximum as an ordered int, and
+    which rows exist. Both stores are one instruction each: two words in one piece, and no branch a lane."""
+    LOG2E: gl.constexpr = 1.4426950408889634
+    top = gl.max(acc, 1)
+    shift = gl.where(top == float("-inf"), 0.0, top) * LOG2E
+    total = gl.sum(gl.exp2(acc * LOG2E - shift[:, None]), 1)
+    rows = first + gl.arange(0, BR, layout=gl.SliceLayout(1, L))
+    live = (rows < R) & (v0 < V)
+    chunk = v0 // CH
+    at = (partial_ptr + (chunk // PACK * R + rows) * (2 * PACK) + chunk % PACK * 2).to(gl.int64)
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p st.global.v2.f32 [$1], {$2, $3}; mov.b32 $0, 0; }",
+        "=r,l,f,f,r",
+        [at, top, total, live.to(gl.int32)],
+        gl.int32,
+        False,
+        1,
+    )
+    order = _ordered(top)
+    if GATED:
+        bound = (threshold_ptr + chunk % GROUPS * R + rows).to(gl.int64)
+        wanted = live & (order >= threshold)
+        gl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 3; setp.eq.b32 p, t, 0;"
+            " setp.ne.and.b32 p, $3, 0, p; @p red.relaxed.gpu.global.max.s32 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r,r",
+            [bound, order, wanted.to(gl.int32)],
+            gl.int32,
+            False,
+            1,
+        )
+    return order, live
+
+
+@gluon.jit
+def _save(
+    acc,
+    order,
+    live,
+    threshold,
     logits_ptr,
     v0,
     first,
     R,
     V,
-    logits_stride,
     CH: gl.constexpr,
     BR: gl.constexpr,
-    GROUPS: gl.constexpr,
-    HAS_BANNED: gl.constexpr,
     GATED: gl.constexpr,
     L: gl.constexpr,
 ):
-    """As `kernel._chunk_results` for logits acc[BR, CH] of rows first ... and tokens v0 ..."""
-    LOG2E: gl.constexpr = 1.4426950408889634
-    cols = gl.arange(0, CH, layout=gl.SliceLayout(0, L))
-    rows = first + gl.arange(0, BR, layout=gl.SliceLayout(1, L))
-    live = (rows < R) & (v0 < V)  # the second half of the last tile may be empty
-    chunk = v0 // CH
-    whole = v0 + CH <= V
-    if v0 + CH > V:
-        acc = gl.where((v0 + cols < V)[None, :], acc, float("-inf"))
-    if HAS_BANNED:
-        here = (banned >= v0) & (banned < gl.minimum(v0 + CH, V))
-        if any_here:
-            hit = (v0 + cols)[None, :] == banned[:, None]
-            gl.store(banned_logit_ptr + rows, gl.sum(gl.where(hit, acc, 0.0), 1), mask=here & live)
-            acc = gl.where(hit & here[:, None], float("-inf"), acc)
-    top = gl.max(acc, 1)
-    shift = gl.where(top == float("-inf"), 0.0, top) * LOG2E
-    total = gl.sum(gl.exp2(acc * LOG2E - shift[:, None]), 1)
-    at = rows * gl.cdiv(V, CH) + chunk
-    gl.store(max_ptr + at, top, mask=live)
-    gl.store(sum_ptr + at, total, mask=live)
+    """Store the logits of rows whose maximum may still be among the k best."""
+    COLS: gl.constexpr = [[0, 1], [0, 2], [0, 16], [0, 32]] + ([[0, 64]] if CH == 128 else [])
+    ROWS: gl.constexpr = [[8, 0]] + ([[64, 0]] if BR == 128 else [])
+    LP: gl.constexpr = gl.DistributedLinearLayout(
+        COLS + ROWS, [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [BR, CH]
+    )
     keep = live
     if GATED:
-        keep = live & ~(top < threshold)
-        gl.atomic_max(threshold_ptr + chunk % GROUPS * R + rows, top, mask=keep, sem="relaxed")
-    base = logits_ptr + rows.to(gl.int64) * logits_stride + v0
-    if whole:
-        gl.store(base[:, None] + cols[None, :], acc, mask=keep[:, None])
+        keep = live & (order >= threshold)
+    if v0 + CH <= V:
+        # four logits of a lane lie side by side: one instruction stores them; the merge (LANED) knows the order
+        moved = gl.reshape(gl.permute(gl.reshape(acc, (BR, CH // 16, 2, 4, 2)), (0, 1, 3, 2, 4)), (BR, CH))
+        at = (logits_ptr + v0.to(gl.int64) * R + (first + gl.arange(0, BR, layout=gl.SliceLayout(1, LP))) * CH)[:, None]
+        kept = gl.convert_layout(keep, gl.SliceLayout(1, LP))
+        gl.store(
+            at + gl.arange(0, CH, layout=gl.SliceLayout(0, LP))[None, :], gl.convert_layout(moved, LP), mask=kept[:, None]
+        )
     else:
-        gl.store(base[:, None] + cols[None, :], acc, mask=keep[:, None] & (v0 + cols < V)[None, :])
+        cols = gl.arange(0, CH, layout=gl.SliceLayout(0, L))[None, :]
+        base = (logits_ptr + v0.to(gl.int64) * R + (first + gl.arange(0, BR, layout=gl.SliceLayout(1, L))) * (V - v0))[
+            :, None
+        ]
+        gl.store(base + cols, acc, mask=keep[:, None] & (v0 + cols < V))
 
 
 @gluon.jit
@@ -115,14 +166,13 @@ def _consume(
     free,
     banned_ptr,
     threshold_ptr,
-    max_ptr,
-    sum_ptr,
+    flag_ptr,
+    partial_ptr,
     banned_logit_ptr,
     logits_ptr,
     tiles,
     R,
     V,
-    logits_stride,
     STEPS: gl.constexpr,
     BV: gl.constexpr,
     BR: gl.constexpr,
@@ -131,6 +181,7 @@ def _consume(
     GROUPS: gl.constexpr,
     HAS_BANNED: gl.constexpr,
     GATED: gl.constexpr,
+    PACK: gl.constexpr,
 ):
     """Group 0 or 1: its own BR rows by all BV logits of a tile, and the BR2 shared rows by its half of the logits."""
     CH: gl.constexpr = BV // 2
@@ -143,16 +194,21 @@ def _consume(
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         v0 = tile // row_tiles * BV
         first = tile % row_tiles * ROWS
+        own = first + group * BR
+        shared = first + 2 * BR
+        mine = v0 + group * CH  # the shared rows' tokens
+        rare = v0 + BV > V
+        if HAS_BANNED:
+            rare |= gl.load(flag_ptr + tile // row_tiles) != 0
         acc = gl.zeros((BR, BV), gl.float32, layout=L)
         if BR2 > 0:
             acc2 = gl.zeros((BR2, CH), gl.float32, layout=LH)
-        for step in range(STEPS):
+        for step in range(STEPS - 1):
             mbarrier.wait(ready.index(stage), phase)
             w = ws.index(stage)
             acc = warpgroup_mma(xs.index(stage * 2 + group), w.permute((1, 0)), acc, is_async=True)
             if BR2 > 0:
-                half = w.slice(group * CH, CH, 0).permute((1, 0))
-                acc2 = warpgroup_mma(shared_xs.index(stage), half, acc2, is_async=True)
+                acc2 = warpgroup_mma(shared_xs.index(stage), w.slice(group * CH, CH, 0).permute((1, 0)), acc2, is_async=True)
                 acc, acc2 = warpgroup_mma_wait(2, deps=(acc, acc2))
             else:
                 acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -162,63 +218,58 @@ def _consume(
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
-        own = first + group * BR
-        threshold, banned, any_here = _ask(threshold_ptr, banned_ptr, v0, own, R, V, BV, BR, GROUPS, HAS_BANNED, GATED, LH)
+        # asked for while the last products run
+        threshold = gl.zeros((BR,), gl.int32, layout=gl.SliceLayout(1, LH))
+        if GATED:
+            bounds = _bounds(threshold_ptr, own, R, BR, GROUPS)
         if BR2 > 0:
-            threshold2, banned2, any_here2 = _ask(
-                threshold_ptr, banned_ptr, v0 + group * CH, first + 2 * BR, R, V, CH, BR2, GROUPS, HAS_BANNED, GATED, LH
-            )
+            threshold2 = gl.zeros((BR2,), gl.int32, layout=gl.SliceLayout(1, LH))
+            if GATED:
+                bounds2 = _bounds(threshold_ptr, shared, R, BR2, GROUPS)
+        mbarrier.wait(ready.index(stage), phase)
+        w = ws.index(stage)
+        acc = warpgroup_mma(xs.index(stage * 2 + group), w.permute((1, 0)), acc, is_async=True)
+        if BR2 > 0:
+            acc2 = warpgroup_mma(shared_xs.index(stage), w.slice(group * CH, CH, 0).permute((1, 0)), acc2, is_async=True)
+            acc, acc2 = warpgroup_mma_wait(2, deps=(acc, acc2))
+        else:
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+        mbarrier.arrive(free.index((stage + STAGES - 1) % STAGES), count=1, pred=STEPS > 1)
+        if GATED:
+            threshold = _least(bounds, LH)
+            if BR2 > 0:
+                threshold2 = _least(bounds2, LH)
+        if BR2 > 0:
             acc, acc2 = warpgroup_mma_wait(0, deps=(acc, acc2))
         else:
             acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(free.index((stage + STAGES - 1) % STAGES), count=1)
+        mbarrier.arrive(free.index(stage), count=1)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
         low, high = gl.split(gl.permute(gl.reshape(acc, (BR, 2, CH)), (0, 2, 1)))
-        for half in gl.static_range(2):
-            _chunk_results(
-                gl.convert_layout(high if half else low, LH, assert_trivial=True),
-                threshold,
-                banned,
-                any_here,
-                threshold_ptr,
-                max_ptr,
-                sum_ptr,
-                banned_logit_ptr,
-                logits_ptr,
-                v0 + half * CH,
-                own,
-                R,
-                V,
-                logits_stride,
-                CH,
-                BR,
-                GROUPS,
-                HAS_BANNED,
-                GATED,
-                LH,
-            )
+        low = gl.convert_layout(low, LH, assert_trivial=True)
+        high = gl.convert_layout(high, LH, assert_trivial=True)
+        if rare:
+            low = _take_out(low, banned_ptr, banned_logit_ptr, v0, own, R, V, CH, BR, HAS_BANNED, LH)
+            high = _take_out(high, banned_ptr, banned_logit_ptr, v0 + CH, own, R, V, CH, BR, HAS_BANNED, LH)
+            if BR2 > 0:
+                acc2 = _take_out(acc2, banned_ptr, banned_logit_ptr, mine, shared, R, V, CH, BR2, HAS_BANNED, LH)
+        order_low, live_low = _tell(
+            low, threshold, threshold_ptr, partial_ptr, v0, own, R, V, PACK, CH, BR, GROUPS, GATED, LH
+        )
+        order_high, live_high = _tell(
+            high, threshold, threshold_ptr, partial_ptr, v0 + CH, own, R, V, PACK, CH, BR, GROUPS, GATED, LH
+        )
         if BR2 > 0:
-            _chunk_results(
-                acc2,
-                threshold2,
-                banned2,
-                any_here2,
-                threshold_ptr,
-                max_ptr,
-                sum_ptr,
-                banned_logit_ptr,
-                logits_ptr,
-                v0 + group * CH,
-                first + 2 * BR,
-                R,
-                V,
-                logits_stride,
-                CH,
-                BR2,
-                GROUPS,
-                HAS_BANNED,
-                GATED,
-                LH,
+            order2, live2 = _tell(
+                acc2, threshold2, threshold_ptr, partial_ptr, mine, shared, R, V, PACK, CH, BR2, GROUPS, GATED, LH
             )
+        _save(low, order_low, live_low, threshold, logits_ptr, v0, own, R, V, CH, BR, GATED, LH)
+        _save(high, order_high, live_high, threshold, logits_ptr, v0 + CH, own, R, V, CH, BR, GATED, LH)
+        if BR2 > 0:
+            _save(acc2, order2, live2, threshold2, logits_ptr, mine, shared, R, V, CH, BR2, GATED, LH)
 
 
 @gluon.jit
@@ -271,13 +322,12 @@ def head_specialized_kernel(
     x_rest,
     banned_ptr,
     threshold_ptr,
-    max_ptr,
-    sum_ptr,
+    flag_ptr,
+    partial_ptr,
     banned_logit_ptr,
     logits_ptr,
     R,
     V,
-    logits_stride,
     tiles,
     D: gl.constexpr,
     BV: gl.constexpr,
@@ -286,6 +336,7 @@ def head_specialized_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
+    PACK: gl.constexpr,
     HAS_BANNED: gl.constexpr,
     GATED: gl.constexpr,
     OVERLAP: gl.constexpr,
@@ -304,7 +355,7 @@ def head_specialized_kernel(
         mbarrier.init(free.index(stage), count=2)
     if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
         gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], gl.int32, False, 1)
-        gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // dummy $0", "=r", [], gl.int32, False, 1)
+        # The next kernel is not let in early: its programs would crowd into the multiprocessors that finish first.
     STEPS: gl.constexpr = (D + BK - 1) // BK
     gl.warp_specialize(
         [
@@ -319,14 +370,13 @@ def head_specialized_kernel(
                     free,
                     banned_ptr,
                     threshold_ptr,
-                    max_ptr,
-                    sum_ptr,
+                    flag_ptr,
+                    partial_ptr,
                     banned_logit_ptr,
                     logits_ptr,
                     tiles,
                     R,
                     V,
-                    logits_stride,
                     STEPS,
                     BV,
                     BR,
@@ -335,6 +385,7 @@ def head_specialized_kernel(
                     GROUPS,
                     HAS_BANNED,
                     GATED,
+                    PACK,
                 ),
             ),
             (
@@ -348,14 +399,13 @@ def head_specialized_kernel(
                     free,
                     banned_ptr,
                     threshold_ptr,
-                    max_ptr,
-                    sum_ptr,
+                    flag_ptr,
+                    partial_ptr,
                     banned_logit_ptr,
                     logits_ptr,
                     tiles,
                     R,
                     V,
-                    logits_stride,
                     STEPS,
                     BV,
                     BR,
@@ -364,6 +414,7 @@ def head_specialized_kernel(
                     GROUPS,
                     HAS_BANNED,
                     GATED,
+                    PACK,
                 ),
             ),
             (_produce, (x, w, x_rest, xs, shared_xs, ws, ready, free, tiles, R, D, BV, BR, BR2, BK, STAGES)),

@@ -26,6 +26,7 @@ def gate_constants(
         "KC": tiles.features,
         "SPLIT": tiles.split,
         "EXPERT_PARTS": tiles.expert_parts,
+        "CHOOSE": min(tiles.warps, tiles.tokens),
         "STAGES": tiles.stages,
         "THIRDS": dtype == torch.bfloat16 and on_gpu,
         "EPS": torch.finfo(dtype).eps,

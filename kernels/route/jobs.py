@@ -25,5 +25,5 @@ def route_jobs(
     jobs.append((_MODULE, "gate_kernel", (dtype, f32, f32, torch.uint8, f32, i32, i32, f32, 320, 0.8), gate))
     for pairs in (320 * top_k, 4096 * top_k):
         order = order_constants(pairs, num_experts, block_tokens)
-        jobs.append((_MODULE, "expert_order_kernel", (*(i32,) * 8, pairs, 400), order))
+        jobs.append((_MODULE, "expert_order_kernel", (*(i32,) * 9, pairs, 400, 20), order))
     return jobs

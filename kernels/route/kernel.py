@@ -6,22 +6,33 @@ T tokens, D d_model, E experts (E_PAD the next power of two), P = T * TOP_K pair
 import triton
 import triton.language as tl
 
+from kernels.dependency import prefetch_lines, wait_for_inputs
+
 
 @triton.jit
-def _add_product(acc, x, w, THIRDS: tl.constexpr):
-    """acc + x w as in fp32. THIRDS: x holds bf16, and w is the sum of three bf16, exactly: three products. Else tf32x3:
-    16-bit x is exact in tf32, w is split in two."""
+def _thirds(w, dtype: tl.constexpr, THIRDS: tl.constexpr):
+    """THIRDS: fp32 as the sum of three bf16, exactly; else w alone."""
+    w = w.to(tl.float32)
     if THIRDS:
-        w = w.to(tl.float32)
-        high = w.to(x.dtype)
+        high = w.to(dtype)
         rest = w - high.to(tl.float32)
-        middle = rest.to(x.dtype)
-        low = (rest - middle.to(tl.float32)).to(x.dtype)
+        middle = rest.to(dtype)
+        low = (rest - middle.to(tl.float32)).to(dtype)
+    else:
+        high, middle, low = w, w, w
+    return high, middle, low
+
+
+@triton.jit
+def _add_product(acc, x, high, middle, low, THIRDS: tl.constexpr):
+    """acc + x w as in fp32. THIRDS: x is bf16, and w comes in three such parts: three products. Else tf32x3 of w, which is
+    `high`: 16-bit x is exact in tf32, w is split in two."""
+    if THIRDS:
         acc = tl.dot(x, low, acc)
         acc = tl.dot(x, middle, acc)
         acc = tl.dot(x, high, acc)
     else:
-        acc = tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="tf32x3")
+        acc = tl.dot(x.to(tl.float32), high, acc, input_precision="tf32x3")
     return acc
 
 
@@ -68,7 +79,7 @@ def _choose(
     exp = tl.exp(logits - peak[:, None])
     total = tl.sum(exp, 1)
     probs = (exp / total[:, None]).to(dtype).to(tl.float32)
-    p1 = tl.max(probs, 1)
+    p1 = (1.0 / total).to(dtype).to(tl.float32)  # the largest of probs: exp(0) / total
     best = _lowest(probs == p1[:, None], e, E)
     first = tl.where(active, best, -1)
     second = first
@@ -91,6 +102,71 @@ def _choose(
     return first, second
 
 
+@triton.jit
+def _gate_tile(
+    x_ptr,
+    w_ptr,
+    partial_ptr,
+    semaphore_ptr,
+    T,
+    tile,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BT: tl.constexpr,
+    KC: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EXPERT_PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    THIRDS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """BT tokens times one of EXPERT_PARTS parts of the experts over one of SPLIT parts of D: fp32 partial logits
+    [SPLIT, T, E_PAD]. Then the token block's semaphore counts one more."""
+    BE: tl.constexpr = E_PAD // EXPERT_PARTS
+    STEPS: tl.constexpr = (D + KC * SPLIT - 1) // (KC * SPLIT)
+    EVEN: tl.constexpr = D % (KC * SPLIT) == 0 and E == E_PAD
+    block = tile // (SPLIT * EXPERT_PARTS)
+    split = tile % (SPLIT * EXPERT_PARTS) // EXPERT_PARTS
+    n = tile % EXPERT_PARTS * BE + tl.arange(0, BE)
+    first_k = split * (STEPS * KC)
+    k = tl.arange(0, KC)
+    rows = block * BT + tl.arange(0, BT)
+    live = rows < T
+    w_ptrs = w_ptr + n[None, :] * D + (first_k + k)[:, None]
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * D + (first_k + k)[None, :]
+    acc = tl.zeros((BT, BE), dtype=tl.float32)
+    if STEPS == 1:  # weights are nobody's output: they are on their way while the kernel before still runs
+        w = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=(n < E)[None, :] & (first_k + k < D)[:, None], other=0.0)
+        high, middle, low = _thirds(w, x_ptr.dtype.element_ty, THIRDS)
+    # rows that nobody has touched lately come from memory: they, too, are asked for before the wait
+    LINE: tl.constexpr = 1024 // x_ptr.dtype.element_ty.primitive_bitwidth
+    line = first_k + tl.arange(0, (KC + LINE - 1) // LINE) * LINE
+    present = x_ptr + tl.minimum(rows, T - 1).to(tl.int64)[:, None] * D
+    for step in tl.static_range(STEPS):
+        prefetch_lines(present + tl.minimum(line + step * KC, D - 1)[None, :], OVERLAP)
+    wait_for_inputs(OVERLAP)
+    if STEPS == 1:
+        there = live[:, None] if EVEN else live[:, None] & (first_k + k < D)[None, :]
+        x = tl.load(x_ptrs, mask=there, other=0.0)
+        acc = _add_product(acc, x, high, middle, low, THIRDS)
+    else:
+        for step in tl.range(0, STEPS, num_stages=STAGES):
+            if EVEN:
+                w = tl.load(w_ptrs + step * KC)
+                x = tl.load(x_ptrs + step * KC, mask=live[:, None], other=0.0)
+            else:
+                at = first_k + step * KC + k
+                w = tl.load(w_ptrs + step * KC, mask=(n < E)[None, :] & (at < D)[:, None], other=0.0)
+                x = tl.load(x_ptrs + step * KC, mask=live[:, None] & (at < D)[None, :], other=0.0)
+            high, middle, low = _thirds(w, x_ptr.dtype.element_ty, THIRDS)
+            acc = _add_product(acc, x, high, middle, low, THIRDS)
+    base = partial_ptr + split * (T.to(tl.int64) * E_PAD) + rows.to(tl.int64)[:, None] * E_PAD
+    tl.store(base + n[None, :], acc, mask=live[:, None])
+    tl.debug_barrier()  # every thread's stores come before thread 0's release
+    tl.atomic_add(semaphore_ptr + block, 1, sem="release")
+
+
 @triton.jit(do_not_specialize=["T"])
 def gate_kernel(
     x_ptr,
@@ -111,6 +187,7 @@ def gate_kernel(
     KC: tl.constexpr,
     SPLIT: tl.constexpr,
     EXPERT_PARTS: tl.constexpr,
+    CHOOSE: tl.constexpr,
     STAGES: tl.constexpr,
     THIRDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -118,56 +195,43 @@ def gate_kernel(
     EPS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program = BT tokens, one of SPLIT parts of D, one of EXPERT_PARTS parts of the experts. The last program of a
-    token block adds the parts of D in order (fp32 partial logits [SPLIT, T, E_PAD]) and leaves the block's semaphore at
-    zero."""
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    block = tl.program_id(0)
-    split = tl.program_id(1) // EXPERT_PARTS
-    BE: tl.constexpr = E_PAD // EXPERT_PARTS
-    n = tl.program_id(1) % EXPERT_PARTS * BE + tl.arange(0, BE)
-    k = tl.arange(0, KC)
-    STEPS: tl.constexpr = (D + KC * SPLIT - 1) // (KC * SPLIT)
-    EVEN: tl.constexpr = D % (KC * SPLIT) == 0 and E == E_PAD
-    first_k = split * (STEPS * KC)
-    rows = block * BT + tl.arange(0, BT)
-    live = rows < T
-    w_ptrs = w_ptr + n[None, :] * D + (first_k + k)[:, None]
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * D + (first_k + k)[None, :]
-    acc = tl.zeros((BT, BE), dtype=tl.float32)
-    if STEPS == 1:  # weights are nobody's output: they are on their way while the kernel before still runs
-        w = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=(n < E)[None, :] & (first_k + k < D)[:, None], other=0.0)
-    if OVERLAP:  # all but the weights may still be being written, and outputs read, by the kernels before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    if STEPS == 1:
-        there = live[:, None] if EVEN else live[:, None] & (first_k + k < D)[None, :]
-        x = tl.load(x_ptrs, mask=there, other=0.0)
-        acc = _add_product(acc, x, w, THIRDS)
+    """The first programs compute a tile of partial logits each. Every other one waits for the tiles of its CHOOSE tokens,
+    adds the parts of D in order and chooses. It waits for programs of smaller numbers alone, and those start first: no
+    program waits for one that cannot start. `expert_order_kernel` zeroes the semaphores."""
+    tiles = (T + BT - 1) // BT * (SPLIT * EXPERT_PARTS)
+    program = tl.program_id(0)
+    if program < tiles:
+        _gate_tile(
+            x_ptr,
+            w_ptr,
+            partial_ptr,
+            semaphore_ptr,
+            T,
+            program,
+            D,
+            E,
+            E_PAD,
+            BT,
+            KC,
+            SPLIT,
+            EXPERT_PARTS,
+            STAGES,
+            THIRDS,
+            OVERLAP,
+        )
     else:
-        for step in tl.range(0, STEPS, num_stages=STAGES):
-            if EVEN:
-                w = tl.load(w_ptrs + step * KC)
-                x = tl.load(x_ptrs + step * KC, mask=live[:, None], other=0.0)
-            else:
-                at = first_k + step * KC + k
-                w = tl.load(w_ptrs + step * KC, mask=(n < E)[None, :] & (at < D)[:, None], other=0.0)
-                x = tl.load(x_ptrs + step * KC, mask=live[:, None] & (at < D)[None, :], other=0.0)
-            acc = _add_product(acc, x, w, THIRDS)
-    e = tl.arange(0, E_PAD)
-    if SPLIT * EXPERT_PARTS == 1:
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
-        _choose(acc, rows, live, e, active_ptr, ids_ptr, gates_ptr, gate_scale, E, TOP_K, HAS_ACTIVE, EPS, dtype)
-    else:
-        base = partial_ptr + rows.to(tl.int64)[:, None] * E_PAD
-        stride = T.to(tl.int64) * E_PAD
-        tl.store(base + n[None, :] + split * stride, acc, mask=live[:, None])
-        tl.debug_barrier()  # every thread's stores come before thread 0's release
-        if tl.atomic_add(semaphore_ptr + block, 1, sem="acq_rel") == SPLIT * EXPERT_PARTS - 1:
-            logits = _sum_of_parts(base + e[None, :], stride, live, bias_ptr, e, E, SPLIT, HAS_BIAS)
-            tl.store(semaphore_ptr + block, 0)
-            _choose(logits, rows, live, e, active_ptr, ids_ptr, gates_ptr, gate_scale, E, TOP_K, HAS_ACTIVE, EPS, dtype)
+        wait_for_inputs(OVERLAP)
+        first = (program - tiles) * CHOOSE
+        rows = first + tl.arange(0, CHOOSE)
+        live = rows < T
+        e = tl.arange(0, E_PAD)
+        while tl.atomic_add(semaphore_ptr + first // BT, 0, sem="acquire") < SPLIT * EXPERT_PARTS:
+            pass
+        tl.debug_barrier()  # no thread reads before thread 0's acquire
+        ptrs = partial_ptr + rows.to(tl.int64)[:, None] * E_PAD + e[None, :]
+        logits = _sum_of_parts(ptrs, T.to(tl.int64) * E_PAD, live, bias_ptr, e, E, SPLIT, HAS_BIAS)
+        dtype: tl.constexpr = x_ptr.dtype.element_ty
+        _choose(logits, rows, live, e, active_ptr, ids_ptr, gates_ptr, gate_scale, E, TOP_K, HAS_ACTIVE, EPS, dtype)
 
 
 @triton.jit
@@ -224,7 +288,7 @@ def _place(ids, pair, expert, before, gather_ptr, scatter_ptr):
     return before + tl.sum(mine.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["P", "sync_words"])
+@triton.jit(do_not_specialize=["P", "sync_words", "semaphore_words"])
 def expert_order_kernel(
     ids_ptr,
     counts_ptr,
@@ -234,8 +298,10 @@ def expert_order_kernel(
     tiles_ptr,
     num_tiles_ptr,
     sync_ptr,
+    semaphore_ptr,
     P,
     sync_words,
+    semaphore_words,
     E: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -244,13 +310,13 @@ def expert_order_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Program e < E places the pairs of expert e: it counts those of smaller experts itself, so nobody waits for anybody.
-    Program E does the rest: counts, offsets, tiles, inactive pairs, zeroes. ONE_CHUNK: all pairs are in the first CHUNK."""
-    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    It zeroes a share of `sync` too. Program E does the rest: counts, offsets, tiles, inactive pairs, the gate's semaphores.
+    ONE_CHUNK: all pairs are in the first CHUNK."""
+    wait_for_inputs(OVERLAP)
     expert = tl.program_id(0)
     lane = tl.arange(0, CHUNK)
     if expert < E:
+        _zero(sync_ptr, sync_words, expert * 256, E * 256)
         if ONE_CHUNK:
             ids = tl.load(ids_ptr + lane, mask=lane < P, other=-1)
             _place(ids, lane, expert, _smaller(ids, expert), gather_ptr, scatter_ptr)
@@ -262,7 +328,7 @@ def expert_order_kernel(
                 ids = tl.load(ids_ptr + c + lane, mask=c + lane < P, other=-1)
                 before = _place(ids, c + lane, expert, before, gather_ptr, scatter_ptr)
     else:
-        _zero(sync_ptr, sync_words, 0, 256)
+        _zero(semaphore_ptr, semaphore_words, 0, 256)
         e = tl.arange(0, E_PAD)
         counts = tl.zeros((E_PAD,), dtype=tl.int32)
         for c in range(0, P, CHUNK):
@@ -313,9 +379,7 @@ def route_few_kernel(
     rows = tl.arange(0, BT)
     live = rows < T
     w = tl.load(w_ptr + e[None, :] * D + at[:, None], mask=(e < E)[None, :] & (at < D)[:, None], other=0.0)
-    if OVERLAP:  # all but the weights may still be being written, and outputs read, by the kernels before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(OVERLAP)
     inside = live[:, None] & (at < D)[None, :]
     x = tl.load(x_ptr + rows[:, None] * D + at[None, :], mask=inside, other=0.0)
     _zero(sync_ptr, sync_words, split * 256, SPLIT * 256)

@@ -64,8 +64,8 @@ def route(
         _launch_few(x, router_weight, router_bias, active, semaphores, routing, gate_scale)
     else:
         tiles = tiles or select_tiles(d_model, num_experts, x.device)
-        _launch_gate(x, router_weight, router_bias, active, semaphores, routing, gate_scale, tiles)
-        _launch_order(routing)
+        launch_gate(x, router_weight, router_bias, active, semaphores, routing, gate_scale, tiles)
+        _launch_order(routing, semaphores, -(-num_tokens // tiles.tokens))
     return routing
 
 
@@ -109,7 +109,7 @@ def _launch_few(
     )
 
 
-def _launch_gate(
+def launch_gate(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -118,15 +118,16 @@ def _launch_gate(
     routing: Routing,
     gate_scale: float,
     tiles: GateTiles,
-) -> None:
+) -> torch.Tensor:
+    """Choices and gates into `routing`; returns the parts of the logits, fp32[split, T, E_PAD]. Leaves the semaphores set:
+    `expert_order_kernel` must follow."""
     from kernels.route.kernel import gate_kernel
 
     num_tokens, d_model = x.shape
     constants = gate_constants(d_model, weight.shape[0], routing.top_k, tiles, x.dtype, on_gpu=x.is_cuda)
-    partial = routing.gate_weights
-    if tiles.split * tiles.expert_parts > 1:
-        partial = torch.empty(tiles.split * num_tokens * constants["E_PAD"], dtype=torch.float32, device=x.device)
-    gate_kernel[(-(-num_tokens // tiles.tokens), tiles.split * tiles.expert_parts)](
+    partial = torch.empty((tiles.split, num_tokens, constants["E_PAD"]), dtype=torch.float32, device=x.device)
+    programs = -(-num_tokens // tiles.tokens) * tiles.split * tiles.expert_parts - (-num_tokens // constants["CHOOSE"])
+    gate_kernel[(programs,)](
         x,
         weight,
         weight if bias is None else bias,
@@ -142,9 +143,10 @@ def _launch_gate(
         **constants,
         **overlap(x),
     )
+    return partial
 
 
-def _launch_order(routing: Routing) -> None:
+def _launch_order(routing: Routing, semaphores: torch.Tensor, blocks: int) -> None:
     from kernels.route.kernel import expert_order_kernel
 
     pairs = routing.gather_index.numel()
@@ -157,8 +159,10 @@ def _launch_order(routing: Routing) -> None:
         routing.tiles,
         routing.num_tiles,
         routing.sync,
+        semaphores,
         pairs,
         routing.sync.numel(),
+        blocks,
         **order_constants(pairs, routing.num_experts, routing.block_tokens),
         **overlap(routing.expert_ids),
     )

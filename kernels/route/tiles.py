@@ -15,7 +15,8 @@ FEW_TOKENS = 16  # up to here one launch does it all
 @dataclass(frozen=True, slots=True)
 class GateTiles:
     """One program multiplies `tokens` tokens by one of expert_parts parts of the experts over one of `split` parts of D,
-    `features` a step."""
+    `features` a step (stages: of several steps). More tokens a program read the weights less often; more parts of D give
+    more programs, and more partial sums to add (fp32[split, T, E])."""
 
     tokens: int = 16
     features: int = 128

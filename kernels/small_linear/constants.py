@@ -41,6 +41,29 @@ def gemm_constants(
     } | overlap_options(tiles.overlap and hopper)
 
 
+def specialized_constants(
+    n: int, k: int, tiles: LinearTiles, *, bias: bool, norm: int, relu: bool, mode: int
+) -> dict[str, Any]:
+    """For `specialized_linear_kernel`; norm: its NORM, 0 to 2. With more than 32 sums a thread keeps more registers, and a
+    multiprocessor holds fewer programs."""
+    return {
+        "N": n,
+        "K": k,
+        "BN": tiles.bn,
+        "BK": tiles.bk,
+        "BR": tiles.br,
+        "STAGES": min(tiles.stages, k // tiles.bk),
+        "BIAS": bias,
+        "NORM": norm,
+        "RELU": relu,
+        "MODE": mode,
+        "PREFETCH": tiles.prefetch,
+        "WARPS": tiles.warps,
+        "num_warps": tiles.warps,
+        "maxnreg": 168 if tiles.bn * tiles.br > 1024 * tiles.warps else 128,
+    } | overlap_options(tiles.overlap)
+
+
 def gemv_constants(
     n: int, k: int, tiles: LinearTiles, *, int8: bool, bias: bool, norm: bool, relu: bool, mode: int, hopper: bool
 ) -> dict[str, Any]:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from kernels.compile_ahead import Job
-from kernels.small_linear.constants import finish_constants, gemm_constants, gemv_constants, statistics_constants
+from kernels.small_linear.constants import (
+    finish_constants,
+    gemm_constants,
+    gemv_constants,
+    specialized_constants,
+    statistics_constants,
+)
+from kernels.small_linear.launches import block_descriptor
 from kernels.small_linear.tiles import LinearTiles
 
 _MODULE = "kernels.small_linear.kernel"
@@ -44,6 +53,15 @@ def linear_jobs(
         jobs.append((_MODULE, "row_statistics_kernel", (dtype, f32, 1e-5), statistics_constants(k, hopper=hopper)))
     in_loop = 3 if tiles.gram and dtype != f32 else 1
     how = 0 if not norm else in_loop if tiles.sums_rows else 2
+    if tiles.specialized:
+        blocks = [
+            block_descriptor(torch.empty(rows, k, dtype=dtype, device="meta"), rows, tiles.bk)
+            for rows in (tiles.br, tiles.bn)
+        ]
+        constants = specialized_constants(n, k, tiles, bias=True, norm=how, relu=relu, mode=mode)
+        given = (dtype, dtype, vector, f32 if norm else dtype, f32 if how == 2 else dtype)
+        args: tuple[Any, ...] = (*blocks, *given, *target, *sizes)
+        return [*jobs, ("kernels.small_linear.specialized", "specialized_linear_kernel", args, constants)]
     constants = gemm_constants(
         n, k, tiles, int8=int8, bias=True, norm=how, relu=relu, mode=mode, hopper=hopper, aligned=True
     )
@@ -72,6 +90,8 @@ def default_jobs(d_model: int, capability: int) -> list[Job]:
             wanted.add(LinearTiles(4, br=2))
             if capability >= 90:
                 wanted |= {LinearTiles(16, 256, 16, stages=3, prefetch=True, overlap=overlap) for overlap in (False, True)}
+            if capability == 90 and bits == 16:
+                wanted |= {LinearTiles(64, 128, br, stages=5, overlap=True, specialized=True) for br in (32, 64)}
             for tiles in sorted(wanted, key=repr):
                 if bits != 8 or not tiles.library:
                     found += linear_jobs(

@@ -12,8 +12,10 @@ from kernels.small_linear.launches import (
     RESIDUAL,
     Cache,
     Weight,
+    check_specialized,
     launch_gemm,
     launch_library,
+    launch_specialized,
     launch_statistics,
     stored_matrix,
 )
@@ -144,10 +146,15 @@ def _linear(
     if tiles.library:
         launch_library(x, weight, bias, relu, mode, result, cache, scratch)
         return
+    if tiles.specialized:
+        check_specialized(x, weight, mode, tiles)
     statistics = None
     if isinstance(weight, FoldedLinear) and not tiles.sums_rows:
         statistics = buffer(scratch, "statistics", rows * 2, torch.float32, x.device).view(rows, 2)
         launch_statistics(x, weight.eps, statistics)
+    if tiles.specialized:
+        launch_specialized(x, weight, bias, statistics, relu, mode, result, cache, tiles)
+        return
     step = rows if tiles.split == 1 else SPLIT_ROWS
     for at in range(0, rows, step):
         part = slice(at, at + step)

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from kernels.small_linear.constants import finish_constants, gemm_constants, gemv_constants, statistics_constants
+from kernels.launch import check
+from kernels.small_linear.constants import (
+    finish_constants,
+    gemm_constants,
+    gemv_constants,
+    specialized_constants,
+    statistics_constants,
+)
 from kernels.small_linear.folded import FoldedLinear
 from kernels.small_linear.int8 import Int8Linear
 from kernels.small_linear.scratch import LinearScratch, buffer, split_sizes
@@ -80,8 +87,12 @@ def launch_statistics(x: torch.Tensor, eps: float, statistics: torch.Tensor) -> 
 
 
 @functools.cache
+def _major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
 def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return _major(device) >= 9
 
 
 def launch_gemm(
@@ -147,6 +158,74 @@ def launch_gemm(
     constants = gemm_constants(n, k, tiles, norm=norm, aligned=aligned, **what)
     known = matrix if statistics is None else statistics
     small_linear_kernel[grid](*operands, known, *target, partial, semaphores, *sizes, **constants)
+
+
+def check_specialized(x: torch.Tensor, weight: Weight, mode: int, tiles: LinearTiles) -> None:
+    """Raise ValueError where specialized tiles do not serve these operands."""
+    (n, k), (matrix, is_int8) = weight.shape, stored_matrix(weight)
+    check(
+        x.dtype != torch.float32 and not is_int8 and _major(x.device) == 9,
+        "specialized tiles need bf16 or fp16 rows and weights on compute capability 9.x: choose others",
+    )
+    features = n // 3 if mode == QKV else n
+    check(
+        features % tiles.bn == 0 and k % tiles.bk == 0,
+        f"specialized tiles of {tiles.bn} features and {tiles.bk} inputs do not divide {features} and {k}: choose others",
+    )
+    check(
+        x.data_ptr() % 16 == 0 and matrix.data_ptr() % 16 == 0,
+        "specialized tiles need x and weights at addresses that are multiples of 16: choose others",
+    )
+
+
+def launch_specialized(
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    statistics: torch.Tensor | None,
+    relu: bool,
+    mode: int,
+    result: torch.Tensor,
+    cache: Cache | None,
+    tiles: LinearTiles,
+) -> None:
+    """As `launch_gemm`, by the kernel with a loading warp."""
+    from kernels.small_linear.specialized import specialized_linear_kernel
+
+    (n, k), rows = weight.shape, x.shape[0]
+    folded = weight if isinstance(weight, FoldedLinear) else None
+    matrix, _ = stored_matrix(weight)
+    bias = bias if folded is None else folded.bias
+    norm = 0 if folded is None else _IN_LOOP if statistics is None else _GIVEN
+    constants = specialized_constants(n, k, tiles, bias=bias is not None, norm=norm, relu=relu, mode=mode)
+    specialized_linear_kernel[(-(-rows // tiles.br), n // tiles.bn)](
+        block_descriptor(x, tiles.br, tiles.bk),
+        block_descriptor(matrix, tiles.bn, tiles.bk),
+        x,
+        matrix,
+        matrix if bias is None else bias,
+        matrix if folded is None else folded.column_sums,
+        matrix if statistics is None else statistics,
+        result,
+        result if cache is None else cache.cells,
+        result if cache is None else cache.rows,
+        result if cache is None else cache.positions,
+        rows,
+        0 if cache is None else cache.cells.shape[0],
+        0 if cache is None else cache.cells.shape[1],
+        0.0 if folded is None else folded.eps,
+        **constants,
+    )
+
+
+def block_descriptor(matrix: torch.Tensor, rows: int, columns: int) -> Any:
+    """How the copy engine reads blocks [rows, columns] of a 16-bit matrix, and how they lie in shared memory."""
+    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    block = [rows, columns]
+    layout = NVMMASharedLayout.get_default_for(block, bfloat16 if matrix.dtype == torch.bfloat16 else float16)
+    return TensorDescriptor.from_tensor(matrix, block, layout)
 
 
 def _launch_finish(

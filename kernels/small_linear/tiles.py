@@ -26,6 +26,7 @@ class LinearTiles:
     torch's GEMM before our epilogue kernel; nothing else holds then. br below 16: no tensor cores, the program holds its
     strip of weights whole (gemv.py); only bn, warps and overlap hold then. gram: with fuse_norm, sums and squares of the
     rows come from tensor cores too, at a loss of digits where |mean| is hundreds of standard deviations; 16 bits, br 64 on.
+    specialized: Hopper's own kernel for 16-bit weights (specialized.py); bn divides N (of a fused QKV: N / 3), bk divides K.
     """
 
     bn: int = 32
@@ -39,9 +40,10 @@ class LinearTiles:
     overlap: bool = False
     library: bool = False
     gram: bool = False
+    specialized: bool = False
 
     def __post_init__(self) -> None:
-        widths = (1, 2, 4, 8, 16) if self.no_dot else (16, 32, 64, 128)
+        widths = (1, 2, 4, 8, 16) if self.no_dot else (64, 128, 256) if self.specialized else (16, 32, 64, 128)
         check(self.bn in widths, f"bn is {self.bn} for br = {self.br}; choose one of {widths}")
         check(self.bk in (16, 32, 64, 128, 256, 512), f"bk is {self.bk}; choose a power of two from 16 to 512")
         check(self.br in (1, 2, 4, 16, 32, 64, 128), f"br is {self.br}; choose 1, 2, 4, 16, 32, 64 or 128")
@@ -49,6 +51,12 @@ class LinearTiles:
         check(not self.gram or (self.fuse_norm and self.br >= 64), "gram goes with fuse_norm and br = 64 or 128")
         check(not (self.no_dot and self.split > 1), "br below 16 takes whole rows of weights: it cannot go with split")
         check(not (self.prefetch and self.split > 1), "prefetch asks for whole rows of weights: it cannot go with split")
+        plain = self.split > 1 or self.no_dot or self.gram or self.library
+        check(
+            not self.specialized
+            or not (plain or self.bk < 64 or self.bk > 256 or self.warps not in (4, 8) or self.stages < 2),
+            "specialized tiles: bk 64, 128 or 256, br 16 on, warps 4 or 8, stages 2 on; no split, gram or library",
+        )
 
     @property
     def no_dot(self) -> bool:

@@ -159,6 +159,20 @@ def test_cancelled_sentences_leave_nothing(checkpoint: Path, device: str, monkey
     assert translator.stats().num_live_rows == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("poison", [float("nan"), 50.0])
+def test_a_new_sentence_reads_nothing_of_those_before(
+    checkpoint: Path, poison: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its first step a sentence's beams attend to its start token, whose cell that same step writes."""
+    translator = kernel_translator(checkpoint, dataclasses.replace(CONFIG, device="cuda"), monkeypatch)
+    work = requests(12, SEARCHES[:2])
+    truth = run(translator, work, at_once=2)
+    for _ in range(10):
+        translator._runner._cache.self_kv.fill_(poison)
+        assert_same(run(translator, work, at_once=2), truth)
+
+
 def test_invariant_mode_gives_the_same_bits_alone_and_together(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(CONFIG, batch_invariant=True)
     translator = kernel_translator(checkpoint, config, monkeypatch)

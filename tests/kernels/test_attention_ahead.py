@@ -1,11 +1,12 @@
 """What decode attention may read before the kernel before it is done."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from kernels.attention_checks import CrossCase, SelfCase, cross_inputs, self_inputs
+from kernels.attention_checks import CrossCase, GroupCase, SelfCase, cross_inputs, group_inputs, self_inputs
 from kernels.decode_attention import decode_cross_attention, decode_self_attention
 from kernels.small_linear import qkv_linear, small_linear
 
@@ -13,6 +14,7 @@ from kernels.small_linear import qkv_linear, small_linear
 def test_reading_ahead_changes_no_bit(cpu: torch.device) -> None:
     for inputs in (
         self_inputs(SelfCase(2, 64, (40, 3, 1, 0), beam=2), cpu, torch.float32),
+        group_inputs(GroupCase(2, 64, (3, 1, -2), (40, 3, 7), (20, 0, 7)), cpu, torch.float32),
         cross_inputs(CrossCase(2, 64, (3, 8, 1), (40, 75, 0)), cpu, torch.float32),
     ):
         again = dataclasses.replace(inputs, ready=True).run()
@@ -20,29 +22,31 @@ def test_reading_ahead_changes_no_bit(cpu: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_cells_read_ahead_in_a_captured_step_are_the_right_ones(cuda: torch.device) -> None:
-    entries, heads, d, seen = 4, 16, 1024, 20
+@pytest.mark.parametrize("sentences", [1, 40])  # few entries, and so many that they are worked off by groups
+def test_cells_read_ahead_in_a_captured_step_are_the_right_ones(sentences: int, cuda: torch.device) -> None:
+    entries, heads, d, seen = 4 * sentences, 16, 1024, 20
     generator = torch.Generator(cuda).manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=cuda, generator=generator).bfloat16()
 
     weights = [draw(n, d) / 32 for n in (d, 3 * d, d, d)]
-    source, cells = draw(1, 64, 2, heads, 64), draw(entries, 64, 2, heads, 64)
+    source, cells = draw(sentences, 64, 2, heads, 64), draw(entries, 64, 2, heads, 64)
     index = torch.arange(entries, device=cuda, dtype=torch.int32)
-    ancestry = torch.randint(0, entries, (entries, 65), device=cuda, generator=generator, dtype=torch.int32)
-    positions, length, one = (
-        torch.full((n,), v, device=cuda, dtype=torch.int32) for n, v in ((entries, seen), (1, 40), (1, entries))
+    ancestry = torch.randint(0, 4, (entries, 65), device=cuda, generator=generator, dtype=torch.int32)
+    ancestry += index[:, None] // 4 * 4
+    positions, lengths, counts = (
+        torch.full((n,), v, device=cuda, dtype=torch.int32) for n, v in ((entries, seen), (sentences, 40), (sentences, 4))
     )
+    groups = index[:sentences], index[:sentences] * 4, counts
     x = draw(entries, d)
 
     def step(ready: bool) -> torch.Tensor:
         y = small_linear(x, weights[0])
         q = qkv_linear(y, weights[1], None, cells, index, positions)
-        y = decode_self_attention(q, cells, ancestry, index, positions, num_heads=heads, history_ready=ready)
+        y = decode_self_attention(q, cells, ancestry, index, positions, num_heads=heads, history_ready=ready, groups=groups)
         q = small_linear(y, weights[2])
-        slot = index[:1]
-        y = decode_cross_attention(q, source, length, slot, slot, one, num_heads=heads, source_ready=ready)
+        y = decode_cross_attention(q, source, lengths, *groups, num_heads=heads, source_ready=ready)
         return small_linear(y, weights[3])
 
     step(True)
@@ -57,3 +61,45 @@ def test_cells_read_ahead_in_a_captured_step_are_the_right_ones(cuda: torch.devi
         got, written = captured.clone(), cells.clone()
         assert torch.equal(got, step(False))
         assert torch.equal(written, cells)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sentences", [1, 12, 40])  # entry by entry, and so many that they are worked off by groups
+@pytest.mark.parametrize("poison", [math.nan, 50.0])
+def test_a_start_token_fed_in_the_same_step_is_not_read_ahead(sentences: int, poison: float, cuda: torch.device) -> None:
+    """The first step of a sentence: its beams stand at position 1 and attend to the cell that its start token, an entry of
+    its own behind the beams, writes in this step."""
+    beams, heads, d = 4, 16, 1024
+    rows_of_beams, generator = beams * sentences, torch.Generator(cuda).manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=cuda, generator=generator).bfloat16()
+
+    weights, cells = [draw(n, d) / 32 for n in (d, 3 * d)], draw(rows_of_beams, 64, 2, heads, 64)
+    index = torch.arange(rows_of_beams, device=cuda, dtype=torch.int32)
+    first_rows = index[:sentences] * beams
+    rows = torch.cat((index, first_rows))
+    positions = torch.cat((torch.ones_like(index), torch.zeros_like(first_rows)))
+    ancestry = (index // beams * beams)[:, None].repeat(1, 65)
+    slots = torch.cat((index[:sentences], index[:sentences]))
+    starts = torch.cat((first_rows, rows_of_beams + index[:sentences]))
+    counts = torch.cat((torch.full_like(first_rows, beams), torch.ones_like(first_rows)))
+    x = draw(len(rows), d)
+
+    def step(ready: bool) -> torch.Tensor:
+        y = small_linear(x, weights[0])
+        q = qkv_linear(y, weights[1], None, cells, rows, positions)
+        operands, groups = (q, cells, ancestry, rows, positions), (slots, starts, counts)
+        return decode_self_attention(*operands, num_heads=heads, history_ready=ready, groups=groups)
+
+    step(True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(True)
+    for _ in range(20):
+        x.copy_(draw(len(rows), d))
+        cells.fill_(poison)
+        graph.replay()
+        got = captured.clone()
+        assert torch.equal(got, step(False))

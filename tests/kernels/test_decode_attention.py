@@ -1,5 +1,9 @@
 import dataclasses
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +11,7 @@ from torch.nn import functional
 
 from kernels.attention_checks import (
     CrossCase,
+    GroupCase,
     SelfCase,
     SelfInputs,
     attention_failures,
@@ -14,6 +19,9 @@ from kernels.attention_checks import (
     cross_cases,
     cross_inputs,
     encoder_cases,
+    every_kernel,
+    group_cases,
+    group_inputs,
     self_cases,
     self_inputs,
 )
@@ -24,6 +32,7 @@ from kernels.decode_attention import (
     decode_self_attention,
     decode_self_attention_reference,
 )
+from kernels.decode_attention.tiles import GroupTiles, group_constants
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -38,6 +47,18 @@ def test_self_in_the_interpreter_matches_reference(case: SelfCase, dtype: torch.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_cross_in_the_interpreter_matches_reference(case: CrossCase, dtype: torch.dtype, cpu: torch.device) -> None:
     assert check_inputs(cross_inputs(case, cpu, dtype)) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("case", group_cases(large=False), ids=lambda c: c.name)
+def test_groups_in_the_interpreter_match_reference(case: GroupCase, cpu: torch.device) -> None:
+    assert check_inputs(group_inputs(case, cpu, torch.float32)) <= LIMITS[torch.float32]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", group_cases(large=True), ids=lambda c: c.name[:60])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+def test_groups_on_the_gpu_match_reference(case: GroupCase, dtype: torch.dtype, cuda: torch.device) -> None:
+    assert check_inputs(group_inputs(case, cuda, dtype)) <= LIMITS[dtype]
 
 
 @pytest.mark.gpu
@@ -130,11 +151,85 @@ def test_cross_bits_do_not_depend_on_the_batch_on_the_gpu(dtype: torch.dtype, cu
     check_cross_batch_mates(cuda, dtype)
 
 
+def check_group_batch_mates(device: torch.device, dtype: torch.dtype) -> None:
+    case = GroupCase(2, 64, (3, 8, 1, -2), (40, 75, 9, 3), (30, 2, 0, 0))
+    for inputs in every_kernel(group_inputs(case, device, dtype)):
+        assert isinstance(inputs, SelfInputs)
+        assert inputs.groups is not None
+        together = inputs.run()
+        for group in range(3):
+            slot, start, count = (t[group : group + 1] for t in inputs.groups)
+            here = slice(int(start), int(start) + int(count))
+            one = dataclasses.replace(
+                inputs,
+                q=inputs.q[here],
+                rows=inputs.rows[here].clone(),
+                positions=inputs.positions[here].clone(),
+                groups=(slot, torch.zeros_like(start), count),
+            )
+            assert torch.equal(one.run(), together[here])
+
+
+def test_group_bits_do_not_depend_on_the_batch(cpu: torch.device) -> None:
+    check_group_batch_mates(cpu, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_group_bits_do_not_depend_on_the_batch_on_the_gpu(dtype: torch.dtype, cuda: torch.device) -> None:
+    check_group_batch_mates(cuda, dtype)
+
+
+@pytest.mark.gpu
+def test_heads_of_a_program_change_no_bit(cuda: torch.device) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernels for groups are for Hopper")
+    cross = cross_inputs(CrossCase(16, 64, (3, 8, 1), (40, 75, 9)), cuda, torch.bfloat16)
+    own = group_inputs(GroupCase(16, 64, (4, 1), (40, 3), (31, 0)), cuda, torch.bfloat16)
+    for inputs, positions in ((cross, 32), (own, 16)):
+        outs = [dataclasses.replace(inputs, tiles=GroupTiles(heads, positions)).run() for heads in (1, 2, 4, 8, 16)]
+        for out in outs[1:]:
+            torch.testing.assert_close(out, outs[0], rtol=0, atol=0, equal_nan=True)
+
+
+def test_heads_of_a_program_divide_all_heads() -> None:
+    assert [group_constants(h, 64, GroupTiles(4, 16))["HP"] for h in (1, 2, 3, 6, 16)] == [1, 2, 1, 2, 4]
+
+
+def test_the_kernels_for_groups_need_no_shared_memory_and_no_barrier() -> None:
+    """In a process of its own: here triton.jit means the interpreter."""
+    code = """
+import torch
+from kernels.compile_ahead import compile_kernel
+from kernels.decode_attention.jobs import group_jobs
+for job in group_jobs(1024, 16, torch.bfloat16):
+    compiled = compile_kernel(job, 90)
+    ptx = compiled.asm["ptx"]
+    assert compiled.metadata.shared == 0 and "bar.sync" not in ptx, job[3]
+    assert ptx.count("ld.global.v4") >= 8, "operands are not loaded 16 bytes at a time"
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_tiles_for_groups_are_refused_without_hopper(cpu: torch.device) -> None:
+    own = group_inputs(GroupCase(1, 64, (2,), (3,), (1,)), cpu, torch.float32)
+    cross = cross_inputs(CrossCase(1, 64, (1,), (4,)), cpu, torch.float32)
+    for inputs in (own, cross):
+        with pytest.raises(ValueError, match="Hopper: leave out tiles"):
+            dataclasses.replace(inputs, tiles=GroupTiles(1, 16)).run()
+
+
 def test_every_failed_case_is_reported_by_name(cpu: torch.device) -> None:
     found = list(attention_failures(cpu, torch.float32, -1.0, large=False))
-    names = [case.name for case in (*self_cases(large=False), *cross_cases(large=False), *encoder_cases(large=False))]
+    names = [case.name for case in self_cases(large=False)] + [case.name for case in group_cases(large=False)]
+    names += [case.name for case in cross_cases(large=False)] + [case.name for case in encoder_cases(large=False)]
     assert [line.split()[3].rstrip(":") for line in found] == names
-    assert {line.split()[0] for line in found} == {"Self", "Cross", "Encoder"}
+    assert {line.split()[0] for line in found} == {"Self", "Group", "Cross", "Encoder"}
 
 
 def test_large_scores_do_not_overflow(cpu: torch.device) -> None:
@@ -218,6 +313,7 @@ def zeros(*shape: int) -> torch.Tensor:
         ({"rows": zeros(6)[::2]}, "rows must be contiguous"),
         ({"positions": zeros(3).long()}, "positions is torch.int64"),
         ({"out": torch.zeros(3, 31)}, "want contiguous"),
+        ({"groups": (zeros(2), zeros(3), zeros(2))}, r"group_starts is \(3,\); want \[2\]"),
     ],
 )
 def test_bad_self_input_is_refused(kwargs: dict[str, object], message: str) -> None:

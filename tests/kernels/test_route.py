@@ -11,6 +11,7 @@ TILES = (  # of D = 96: an empty last part; one step for each program; all of D 
     GateTiles(features=16, split=6, expert_parts=2),
     GateTiles(tokens=32, features=64, split=1),
     GateTiles(features=128, split=1, expert_parts=4),
+    GateTiles(tokens=64, features=32, split=3, warps=8),
 )
 
 

@@ -1,10 +1,12 @@
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch.nn import functional
 
 from kernels.checks import LIMITS
+from kernels.compile_ahead import Job
 from kernels.linear_checks import (
     QKV_SIZES,
     QKV_TILES,
@@ -23,8 +25,39 @@ from kernels.small_linear import (
     quantize_int8,
     small_linear,
 )
+from kernels.small_linear.jobs import linear_jobs
+from kernels.small_linear.tiles import default_tiles
 
 CASES = linear_cases(large=False)
+
+
+def gpu_case(case: LinearCase, dtype: torch.dtype) -> LinearCase:
+    if dtype == torch.float32 and case.tiles is not None and not case.tiles.library:
+        t = case.tiles  # twice the bytes
+        return dataclasses.replace(case, tiles=dataclasses.replace(t, bk=max(16, t.bk // 4), warps=max(4, t.warps)))
+    return case
+
+
+# fp16 and fp32 are other types in the same kernels: every fifth case meets each launch form and size
+GPU_CASES = [(case, torch.bfloat16) for case in linear_cases(large=True)]
+GPU_CASES += [(gpu_case(c, d), d) for d in (torch.float16, torch.float32) for c in linear_cases(large=True)[::5]]
+
+
+def case_name(value: object) -> str:
+    return value.name if isinstance(value, LinearCase) else str(value)
+
+
+@pytest.fixture(scope="module")
+def compiled(cuda: torch.device, compile_first: Callable[[list[Job]], None]) -> None:
+    hopper = torch.cuda.get_device_capability() >= (9, 0)
+    jobs: dict[str, Job] = {}
+    for c, dtype in GPU_CASES:
+        bits = 8 if c.int8 else 32 if dtype == torch.float32 else 16
+        tiles = c.tiles or default_tiles(c.n, c.k, c.rows, bits, fixed=False)
+        flags = {"norm": c.norm, "relu": c.relu, "int8": c.int8, "hopper": hopper}
+        for job in linear_jobs(c.n, c.k, tiles, dtype, mode=int(c.residual), **flags):
+            jobs[repr(job)] = job
+    compile_first(list(jobs.values()))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -42,12 +75,9 @@ def test_qkv_interpreter_matches_fp64(sizes: tuple[int, int, int], tiles: Linear
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", linear_cases(large=True), ids=lambda c: c.name)
+@pytest.mark.parametrize(("case", "dtype"), GPU_CASES, ids=case_name)
+@pytest.mark.usefixtures("compiled")
 def test_gpu_matches_fp64(case: LinearCase, dtype: torch.dtype, cuda: torch.device) -> None:
-    if dtype == torch.float32 and case.tiles is not None and not case.tiles.library:
-        t = case.tiles  # twice the bytes
-        case = dataclasses.replace(case, tiles=dataclasses.replace(t, bk=max(16, t.bk // 4), warps=max(4, t.warps)))
     assert check_small_linear(case, cuda, dtype) <= max(LIMITS[dtype], 1e-5)
 
 

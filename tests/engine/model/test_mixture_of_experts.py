@@ -40,6 +40,7 @@ def random_layer(
         fc2=fc2,
         fc2_bias=draw(num_experts, d_model).to(dtype),
         output_scale=0.8,
+        tokens_per_expert=torch.full((num_experts,), -1, dtype=torch.int32),
     )
 
 

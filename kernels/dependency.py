@@ -1,0 +1,38 @@
+"""The one place where a kernel meets those before it in the stream and those after it (programmatic dependent launch)."""
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+# One thread asks the copy engine to bring [$1, $1 + $2) bytes into L2; both are multiples of 16.
+_PREFETCH_PIECE = tl.constexpr(
+    "{.reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
+    "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;}"
+)
+_PREFETCH_LINE = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
+
+
+@triton.jit
+def wait_for_inputs(OVERLAP: tl.constexpr):
+    """Before this line a kernel may touch nothing but weights: its inputs may still be being written, and its outputs read,
+    by the kernels before. After it the next kernel may start in the same way. OVERLAP and the launch option that goes with
+    it come from `kernels.launch.overlap`."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch_piece(ptr, SIZE: tl.constexpr, OVERLAP: tl.constexpr):
+    """Ask for SIZE bytes from the scalar `ptr` on in L2. Inputs may be asked for before the wait: whoever still writes them
+    writes to L2 too. Nothing is asked for without OVERLAP, or where SIZE is no multiple of 16."""
+    if OVERLAP and SIZE % 16 == 0:
+        address = ptr.to(tl.int64) & -16
+        tl.inline_asm_elementwise(_PREFETCH_PIECE, "=r,l,r", [address, SIZE], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def prefetch_lines(ptrs, OVERLAP: tl.constexpr):
+    """Ask for the 128-byte lines of these addresses in L2, as `prefetch_piece` does for one piece."""
+    if OVERLAP:
+        tl.inline_asm_elementwise(_PREFETCH_LINE, "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1)
