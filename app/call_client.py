@@ -6,13 +6,12 @@ import asyncio
 import itertools
 import logging
 import random
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from ray.serve.exceptions import RayServeException
 
-from app.wire import CallAddress, TranslateReply, from_line, pack_requests, to_line, unpack_reply
+from app.wire import CallAddress, TranslateReply, from_line, notice_dead_machines, pack_requests, to_line, unpack_reply
 from engine.types import TranslationRequest
 
 log = logging.getLogger("ray.serve")
@@ -20,9 +19,6 @@ log = logging.getLogger("ray.serve")
 _LOOK_AGAIN_S = 1.0  # how long a new replica goes without direct calls
 _LIST_S = 5.0
 _CONNECT_S = 3.0
-# A process that dies closes its connections at once. A machine that dies does not: after this long without a sign of life
-# from its kernel (that of a replica that is only slow, or frozen, still gives one) the connection counts as lost.
-_DEAD_MACHINE_OPTIONS = {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 5, "TCP_USER_TIMEOUT": 5000}  # s, s, -, ms
 
 
 class ReplicaGoneError(ConnectionError):
@@ -57,7 +53,7 @@ class Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Introduce ourselves."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop has a class of its own
-        _notice_dead_machines(transport.get_extra_info("socket"))
+        notice_dead_machines(transport.get_extra_info("socket"))
         self._send("hello", self._secret)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -128,19 +124,16 @@ class Link(asyncio.Protocol):
             self._transport.abort()
 
 
-def _notice_dead_machines(connection: socket.socket) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _DEAD_MACHINE_OPTIONS.items():
-        if (option := getattr(socket, name, None)) is not None:  # Linux has them all
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
 class Links:
-    """Connections to the replicas of one pool. `handle`: Serve's, which knows them."""
+    """Connections to the replicas of one pool. `handle`: Serve's, which knows them.
 
-    def __init__(self, pool: str, handle: Any) -> None:
+    on_look(number of replicas that take calls) is called after every look at Serve's list.
+    """
+
+    def __init__(self, pool: str, handle: Any, on_look: Callable[[int], None] = lambda num_open: None) -> None:
         self._pool = pool
         self._handle = handle
+        self._on_look = on_look
         self._links: dict[str, Link] = {}  # by replica id
         self._wanted = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
@@ -170,6 +163,12 @@ class Links:
 
     async def look(self) -> None:
         """Ask Serve's replicas for their addresses; connect to new ones, give no new calls to those that did not answer."""
+        try:
+            await self._look()
+        finally:
+            self._on_look(sum(link.takes_calls for link in self._links.values()))
+
+    async def _look(self) -> None:
         replies = await asyncio.wait_for(
             self._handle.broadcast("call_address").results_async(return_exceptions=True), _LIST_S
         )

@@ -1,9 +1,7 @@
 """The thread that steps the engine: asyncio on one side, `submit`, `cancel` and `step` on the other.
 
 The engine is touched by this thread only. A *job* is one call's list of sentences: accepted as a whole or not at all,
-answered as a whole, given up as a whole when its caller goes away. Jobs come from asyncio (`translate`) or from sockets that
-this thread itself reads between two steps (app.call_server): a second thread that runs Python would take turns with it at
-the interpreter's lock, and halve the engine's speed.
+answered as a whole, given up as a whole when its caller goes away.
 """
 
 from __future__ import annotations
@@ -16,8 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from app.jobs import Answers, Job, Outbox, Outcome
-from app.poller import Poller
+from app.jobs import Answers, Job, Outcome
 from engine.types import EngineFullError, EngineStats, RequestError, Translation, TranslationRequest
 
 log = logging.getLogger("ray.serve")
@@ -75,12 +72,12 @@ class EngineThread:
         self.stats = engine.stats()
         self._engine = engine
         self._on_death = on_death
-        self.poller = Poller()
+        self._news = threading.Event()  # something to look at: a job, one given up, a stop
         self._lock = threading.Lock()
         self._inbox: collections.deque[Job] = collections.deque()
         self._hung_up: collections.deque[Job] = collections.deque()
         self._jobs: dict[str, Job] = {}  # by request_id: what the engine holds
-        self._outboxes: dict[Outbox, None] = {}  # with outcomes of this round of work, in order
+        self._ended: dict[Answers, None] = {}  # with outcomes of this round of work, in order
         self._answers: dict[asyncio.AbstractEventLoop, Answers] = {}
         self._num_pending = 0
         self._fault: BaseException | None = None
@@ -106,28 +103,20 @@ class EngineThread:
         if (answers := self._answers.get(loop)) is None:
             answers = self._answers[loop] = Answers()
         job = Job(tuple(requests), answers)
-        self.accept(job)
-        self.poller.wake()
+        self._accept(job)
         try:
             return await answers.of(job)
         except asyncio.CancelledError:
-            self.give_up(job)
-            self.poller.wake()
+            self._hung_up.append(job)
+            self._news.set()
             raise
 
-    def accept(self, job: Job) -> None:
-        """Take a job, whose outcome goes to its outbox. Raises EngineFullError or EngineDeadError: nothing was started.
-
-        From a thread other than the engine's, wake the poller after it.
-        """
+    def _accept(self, job: Job) -> None:
         with self._lock:
             self._refuse_if_unable(len(job.requests))
             self._num_pending += len(job.requests)
             self._inbox.append(job)
-
-    def give_up(self, job: Job) -> None:
-        """Forget a job within one engine step; nothing goes to its outbox any more. As for `accept`: wake the poller."""
-        self._hung_up.append(job)
+        self._news.set()
 
     def check(self, stuck_after_s: float) -> None:
         """Raise EngineDeadError when the thread died, one round of work takes longer than `stuck_after_s` seconds, or
@@ -145,11 +134,11 @@ class EngineThread:
         """Refuse new work, finish what is accepted within `drain_s` seconds, fail the rest. True when all finished."""
         with self._lock:
             self._stopping = True
-        self.poller.wake()
+        self._news.set()
         self._thread.join(drain_s)
         drained = not self._thread.is_alive() and self._fault is None
         self._abandoned = True
-        self.poller.wake()
+        self._news.set()
         self._thread.join(_DRAIN_STEP_S)
         return drained
 
@@ -182,19 +171,18 @@ class EngineThread:
                 self._on_death()
         else:
             self._fail_all(EngineDeadError("it was stopped"))
-        finally:
-            self.poller.close()
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when the thread should end."""
-        self.poller.poll(wait=False)  # between two steps
-        while not self._abandoned:
+        while True:
+            self._news.clear()  # first: what comes from here on ends the wait below
+            if self._abandoned:
+                return False
             if self._inbox or self._hung_up or self._engine.has_work:
                 return True
             if self._stopping:
                 return False
-            self.poller.poll(wait=True)
-        return False
+            self._news.wait()
 
     def _forget_hung_up(self) -> None:
         while self._hung_up:
@@ -243,8 +231,8 @@ class EngineThread:
     def _end(self, job: Job, outcome: Outcome) -> None:
         if not job.is_over:
             self._release(job)
-            job.outbox.put(job, outcome)
-            self._outboxes[job.outbox] = None
+            job.answers.put(job, outcome)
+            self._ended[job.answers] = None
 
     def _release(self, job: Job) -> None:
         if not job.is_over:
@@ -253,9 +241,9 @@ class EngineThread:
                 self._num_pending -= len(job.requests)
 
     def _hand_over(self) -> None:
-        outboxes, self._outboxes = self._outboxes, {}
-        for outbox in outboxes:
-            outbox.send()
+        ended, self._ended = self._ended, {}
+        for answers in ended:
+            answers.send()
 
     def _fail_all(self, error: BaseException) -> None:
         """Fail every job; nothing new arrives any more."""

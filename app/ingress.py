@@ -34,7 +34,7 @@ from app.schemas import (
     TranslateBody,
 )
 from app.settings import ServiceSettings
-from app.status import ReadPlans, autoscaling_bodies, plans_of
+from app.status import ReadPlans, autoscaling_bodies, expert_load_body, plans_of
 from app.text.languages import resolve_language
 from app.tracing import span
 from app.translation import TranslationService
@@ -238,11 +238,12 @@ def _replica_body(replica: ReplicaStatus) -> ReplicaBody:
         max_waiting=stats.max_waiting,
         num_encode_passes=stats.num_encode_passes,
         num_decode_steps=stats.num_decode_steps,
+        expert_loads=[expert_load_body(load) for load in stats.expert_loads],
         uptime_s=round(replica.uptime_s, 3),
     )
 
 
-@serve.deployment(max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0})
+@serve.deployment(max_ongoing_requests=4096, health_check_period_s=5, ray_actor_options={"num_cpus": 0})
 @serve.ingress()
 class Ingress:
     """The API over Ray Serve handles, one per pool."""
@@ -251,10 +252,14 @@ class Ingress:
         retry_after_s = settings.http.retry_after_s
         self._metrics = IngressMetrics()
         clients = {
-            name: RayPool(name, handle, retry_after_s, direct=settings.direct_calls, on_lost=self._metrics.replica_lost)
+            name: RayPool(name, handle, retry_after_s, direct=settings.direct_calls, watcher=self._metrics)
             for name, handle in pools.items()
         }
         self._service = TranslationService(settings, clients)
+
+    def check_health(self) -> None:
+        """Serve calls this now and then. There is nothing of its own to check; its metrics need the clock."""
+        self._metrics.repeat_levels()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once after `__init__`."""

@@ -6,21 +6,10 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from engine.types import Translation, TranslationRequest
 
 Outcome = tuple[Translation, ...] | BaseException  # results in the order of the requests, or why there are none
-
-
-class Outbox(Protocol):
-    """Where outcomes of jobs go. The engine thread calls it."""
-
-    def put(self, job: Job, outcome: Outcome) -> None:
-        """One more for the next `send`."""
-
-    def send(self) -> None:
-        """At the end of a round of work."""
 
 
 @dataclass(eq=False)
@@ -28,7 +17,7 @@ class Job:
     """Sentences that are answered together."""
 
     requests: tuple[TranslationRequest, ...]
-    outbox: Outbox
+    answers: Answers
     results: dict[str, Translation] = field(default_factory=dict)
     is_over: bool = False  # answered, failed or given up
 
@@ -38,7 +27,7 @@ class Job:
 
 
 class Answers:
-    """Outbox to the event loop it is made in: what ends in one round of work costs the loop one wake-up."""
+    """The way to the event loop it is made in: what ends in one round of work costs the loop one wake-up."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -54,11 +43,11 @@ class Answers:
             del self._waiting[job]
 
     def put(self, job: Job, outcome: Outcome) -> None:
-        """As Outbox."""
+        """One more for the next `send`. In the engine thread."""
         self._outcomes.append((job, outcome))
 
     def send(self) -> None:
-        """As Outbox."""
+        """At the end of a round of work. In the engine thread."""
         outcomes, self._outcomes = self._outcomes, []
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
             self._loop.call_soon_threadsafe(self._resolve, outcomes)

@@ -15,12 +15,15 @@ from typing import Any, Literal
 from ray.serve import metrics as serve_metrics
 
 from engine.accounting import MemoryPlan
-from engine.types import EngineStats, Translation, TranslationRequest
+from engine.types import EngineStats, ExpertLoad, Translation, TranslationRequest
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _PAIR = ("pool", "src_lang", "tgt_lang")
+_LAYER = ("pool", "stage", "layer")  # an expert's own series would be thousands a replica
 _FLUSH_S = 0.25  # Ray's exporter itself reports every 2 s or more
+_REPEAT_S = 2.0
+_EXPERTS_S = 5.0  # five series a sparse layer, some microseconds of the interpreter's lock each
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,14 @@ INGRESS_METRICS: Mapping[str, MetricSpec] = {
     "texts": _histogram("request_texts", "Texts in one translate request", _TEXTS, "pool"),
     "lost_calls": _counter("lost_replica_calls", "Calls whose replica was lost; each is tried once more", "pool", "reason"),
     "characters": _counter("source_characters", "Characters of texts translated", *_PAIR),
+    "calls": _counter(
+        "replica_calls", "Calls of replicas by way (direct, or Serve's handle) and result", "pool", "way", "result"
+    ),
+    "call_seconds": _histogram(
+        "replica_call_seconds", "From a call to its answer, seen by the ingress", _SECONDS, "pool", "way"
+    ),
+    "open_calls": _gauge("open_calls", "Calls of an ingress that are not answered yet", "pool", "way"),
+    "linked": _gauge("linked_replicas", "Replicas that an ingress can call directly", "pool"),
 }
 
 POOL_METRICS: Mapping[str, MetricSpec] = {
@@ -80,6 +91,22 @@ POOL_METRICS: Mapping[str, MetricSpec] = {
     "decode_steps": _counter("decode_steps", "Decode steps", "pool"),
     "decoded_rows": _counter("decoded_rows", "Live beams of all decode steps: over decode steps, the mean batch", "pool"),
     "retried": _counter("retried_sentences", "Sentences that started over after a fault in work they shared", "pool"),
+    "expert_passes": _counter(
+        "sampled_expert_passes", "Passes whose expert loads were read: on a GPU one decode step of 17, else all", *_LAYER
+    ),
+    "expert_tokens": _counter("sampled_expert_tokens", "Pairs of token and expert in sampled passes", *_LAYER),
+    "active_experts": _counter(
+        "sampled_active_experts", "Experts with a token, of all sampled passes: over those, what a pass reads", *_LAYER
+    ),
+    "expert_skew": _gauge(
+        "expert_load_skew_ratio", "Recent tokens of the busiest expert over those of the mean one; 1 is even", *_LAYER
+    ),
+    "busiest_expert": _gauge(
+        "busiest_expert_share_ratio", "Share of recent (token, expert) pairs that go to the busiest expert", *_LAYER
+    ),
+    "refused_connections": _counter(
+        "refused_connections", "Connections for direct calls that were closed, by reason", "pool", "reason"
+    ),
     "memory": _gauge("memory_bytes", "Weights and caches of the replica, by part; from the model's shape", "pool", "part"),
     "cost": _counter(
         "cost_usd", "Price of the replica's time, where usd_per_hour of the pool's user_config says it", "pool"
@@ -149,12 +176,60 @@ class _Counts:
                 self._live[metric].inc(amount, tags=dict(zip(self._specs[metric].labels, labels, strict=True)))
 
 
+class _Levels:
+    """Gauges that are set again by `repeat`: Ray's exporter forgets what nobody has set for two of its reports."""
+
+    def __init__(self, live: Mapping[str, Any]) -> None:
+        self._live = live
+        self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}  # by metric and its labels
+        self._due_s = 0.0
+
+    def set(self, metric: str, value: float, tags: Mapping[str, str]) -> None:
+        """The level from now on."""
+        self._values[metric, tuple(tags.items())] = value
+        self._live[metric].set(value, tags=dict(tags))
+
+    def repeat(self) -> None:
+        """To be called every few seconds or more often."""
+        if (now_s := time.monotonic()) >= self._due_s:
+            self._due_s = now_s + _REPEAT_S
+            for (metric, tags), value in list(self._values.items()):
+                self._live[metric].set(value, tags=dict(tags))
+
+
 class IngressMetrics:
     """What the ingress records."""
 
     def __init__(self) -> None:
         self._live = {key: spec.create() for key, spec in INGRESS_METRICS.items()}
         self._counts = _Counts(INGRESS_METRICS, self._live)
+        self._levels = _Levels(self._live)
+        self._open_calls: dict[tuple[str, str], int] = {}
+        self._open_calls_soon = Soon(self._record_open_calls)
+
+    def call_began(self, pool: str, way: str) -> None:
+        """A call was sent. This and the next two: app.pools.CallWatcher, in the ingress's event loop."""
+        self._open_calls[pool, way] = self._open_calls.get((pool, way), 0) + 1
+        self._open_calls_soon.request()
+
+    def call_ended(self, pool: str, way: str, result: str, seconds: float) -> None:
+        """It was answered, or not."""
+        self._open_calls[pool, way] -= 1
+        self._open_calls_soon.request()
+        self._counts.add("calls", 1, pool, way, result)
+        self._live["call_seconds"].observe(seconds, tags={"pool": pool, "way": way})
+
+    def linked(self, pool: str, num_replicas: int) -> None:
+        """So many replicas take direct calls now."""
+        self._levels.set("linked", num_replicas, {"pool": pool})
+
+    def repeat_levels(self) -> None:
+        """To be called every few seconds."""
+        self._levels.repeat()
+
+    def _record_open_calls(self) -> None:
+        for (pool, way), count in list(self._open_calls.items()):
+            self._levels.set("open_calls", count, {"pool": pool, "way": way})
 
     def answered(self, route: str, status: int, seconds: float, error_code: str | None) -> None:
         """One HTTP answer left."""
@@ -181,7 +256,10 @@ class PoolMetrics:
         self._pool = {"pool": pool}
         self._live = {key: spec.create() for key, spec in POOL_METRICS.items()}
         self._counts = _Counts(POOL_METRICS, self._live)
+        self._levels = _Levels(self._live)
         self._counted = dict.fromkeys(_ENGINE_COUNTS, 0)
+        self._expert_loads: dict[str, ExpertLoad] = {}  # what has been counted of each stage
+        self._experts_due_s = 0.0
         self._paid_until_s = time.monotonic()
 
     def finished(self, request: TranslationRequest, translation: Translation) -> None:
@@ -201,12 +279,17 @@ class PoolMetrics:
         """One call was refused; reason `busy` or the code of the RequestError."""
         self._counts.add("rejections", 1, self._name, reason)
 
+    def connection_refused(self, reason: str) -> None:
+        """A connection for direct calls was closed; reasons: app.call_server.CallServer."""
+        self._counts.add("refused_connections", 1, self._name, reason)
+
     def cancelled(self, num_sentences: int) -> None:
         """A caller with this many sentences went away."""
         self._counts.add("cancelled", num_sentences, self._name)
 
     def level(self, stats: EngineStats, num_pending: int) -> None:
-        """Counts right now, and what the engine did since the last call."""
+        """Counts right now, and what the engine did since the last call. To be called every few seconds at least."""
+        self._levels.repeat()
         for key, value in (
             ("live_rows", stats.num_live_rows),
             ("max_rows", stats.max_rows),
@@ -218,6 +301,27 @@ class PoolMetrics:
             count = getattr(stats, field)
             self._counts.add(key, count - self._counted[key], self._name)
             self._counted[key] = count
+        if stats.expert_loads and time.monotonic() >= self._experts_due_s:
+            self._experts_due_s = time.monotonic() + _EXPERTS_S
+            for load in stats.expert_loads:
+                self._experts(load)
+
+    def _experts(self, load: ExpertLoad) -> None:
+        """One stage's expert loads, as far as they are news."""
+        last = self._expert_loads.get(load.stage)
+        if last is not None and last.num_passes == load.num_passes:
+            return
+        self._expert_loads[load.stage] = load
+        for i, layer in enumerate(load.layers):
+            labels = (self._name, load.stage, str(layer))
+            for key, now, before in (
+                ("expert_passes", load.num_passes, last.num_passes if last else 0),
+                ("expert_tokens", load.num_tokens[i], last.num_tokens[i] if last else 0),
+                ("active_experts", load.num_active[i], last.num_active[i] if last else 0),
+            ):
+                self._counts.add(key, now - before, *labels)
+            for key, value in (("expert_skew", load.skew[i]), ("busiest_expert", load.busiest_share[i])):
+                self._levels.set(key, value, dict(zip(_LAYER, labels, strict=True)))
 
     def memory(self, plan: MemoryPlan) -> None:
         """Bytes this replica holds."""
@@ -229,7 +333,7 @@ class PoolMetrics:
             ("workspace", plan.workspace_bytes),
             ("driver", plan.driver_bytes),
         ):
-            self._live["memory"].set(size, tags={**self._pool, "part": part})
+            self._levels.set("memory", size, {**self._pool, "part": part})
 
     def paid(self, usd_per_hour: float | None) -> None:
         """Time passed since the last call, at this price of one replica; None: it has none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,6 +47,7 @@ LOST_REPLICA_ERRORS: tuple[type[Exception], ...] = (
     ReplicaUnavailableError,
     ReplicaGoneError,  # ours, of a direct connection
 )
+_NO_ANSWER: tuple[type[BaseException], ...] = (*LOST_REPLICA_ERRORS, TimeoutError, asyncio.CancelledError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +71,35 @@ class Pool(Protocol):
         """Status of every replica. Raises ServiceError pool_unavailable when none answers in time."""
 
 
+class CallWatcher(Protocol):
+    """Hears of every call of an ingress. way: `direct`, or `handle` for Serve's."""
+
+    def call_began(self, pool: str, way: str) -> None:
+        """One was sent."""
+
+    def call_ended(self, pool: str, way: str, result: str, seconds: float) -> None:
+        """result: the reply's kind in lower case, or `lost`, `late` (deadline), `given_up` (client left), `unavailable`."""
+
+    def replica_lost(self, pool: str, reason: str) -> None:
+        """A replica went away with a call; reason is the name of the error."""
+
+    def linked(self, pool: str, num_replicas: int) -> None:
+        """So many replicas take direct calls now."""
+
+
+class _Nobody:
+    """A CallWatcher that forgets."""
+
+    def call_began(self, pool: str, way: str) -> None: ...
+    def call_ended(self, pool: str, way: str, result: str, seconds: float) -> None: ...
+    def replica_lost(self, pool: str, reason: str) -> None: ...
+    def linked(self, pool: str, num_replicas: int) -> None: ...
+
+
 class RayPool:
     """A pool behind a Ray Serve handle.
 
-    direct: call replicas on connections of our own (app.call_client), by Serve's handle while there is none. on_lost(pool,
-    error name) is called for every call whose replica was lost.
+    direct: call replicas on connections of our own (app.call_client), by Serve's handle while there is none.
     """
 
     def __init__(
@@ -84,13 +109,13 @@ class RayPool:
         retry_after_s: int = 1,
         *,
         direct: bool = False,
-        on_lost: Callable[[str, str], None] | None = None,
+        watcher: CallWatcher | None = None,
     ) -> None:
         self._name = name
         self._handle = handle
-        self._links = Links(name, handle) if direct else None
+        self._watcher = watcher or _Nobody()
+        self._links = Links(name, handle, lambda num_open: self._watcher.linked(name, num_open)) if direct else None
         self._retry_after_s = retry_after_s
-        self._on_lost = on_lost
 
     async def translate(self, requests: Sequence[TranslationRequest], budget_s: float) -> TranslateReply:
         """One call for the whole list; once more elsewhere when the replica was lost.
@@ -104,18 +129,28 @@ class RayPool:
             except LOST_REPLICA_ERRORS as error:
                 reason = type(error).__name__
                 log.warning("pool %s: replica lost in attempt %d: %s", self._name, attempt + 1, reason)
-                if self._on_lost is not None:
-                    self._on_lost(self._name, reason)
+                self._watcher.replica_lost(self._name, reason)
             except TimeoutError:
                 raise ServiceError("deadline_exceeded", "the time budget of the request ran out") from None
         raise self._unavailable("its replicas died while translating")
 
     async def _call(self, requests: Sequence[TranslationRequest], remaining_s: float) -> TranslateReply:
         link: Link | None = self._links.least_loaded() if self._links is not None else None
-        if link is None:
-            return await self._call_handle(requests, remaining_s)
-        async with asyncio.timeout(remaining_s):
-            return await link.call(requests, carrier())
+        way, began_at, result = "handle" if link is None else "direct", time.perf_counter(), "unavailable"
+        self._watcher.call_began(self._name, way)
+        try:
+            if link is None:
+                reply = await self._call_handle(requests, remaining_s)
+            else:
+                async with asyncio.timeout(remaining_s):
+                    reply = await link.call(requests, carrier())
+            result = type(reply).__name__.lower()
+        except _NO_ANSWER as error:
+            result = {TimeoutError: "late", asyncio.CancelledError: "given_up"}.get(type(error), "lost")
+            raise
+        finally:
+            self._watcher.call_ended(self._name, way, result, time.perf_counter() - began_at)
+        return reply
 
     async def _call_handle(self, requests: Sequence[TranslationRequest], remaining_s: float) -> TranslateReply:
         response = self._handle.translate.remote(list(requests))

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from app.autoscaling.feed import OFFERED, UPTIME, WAITING
-from app.call_server import CallServer, DirectJob
+from app.autoscaling.open_calls import OPEN_CALLS
+from app.autoscaling.pair_counts import PairCounter
+from app.call_server import CallServer
 from app.engine_thread import Engine, EngineDeadError, EngineFailedError, EngineThread, RefusedError
 from app.jobs import Outcome
 from app.metrics import PoolMetrics, Soon
@@ -79,12 +81,12 @@ class Replica:
         self._languages = translator.languages
         self._thread = EngineThread(translator, max_pending=self._default_max_pending, on_death=exit_soon)
         self._is_wound_up = False
-        self._direct = CallServer(
-            self._thread, offered=self._came_directly, reply=self._reply_direct, given_up=self._given_up
-        )
-        self._counting = threading.Lock()  # the engine thread, the event loop and a timer count
+        self._direct = CallServer(self._translate_direct, closed=self._metrics.connection_refused)
+        self._counting = threading.Lock()  # the event loop and a timer count
         self._ready_at_s = time.monotonic()
         self._num_offered = 0  # sentences since then, refused ones included
+        self._pairs = PairCounter()
+        self._num_handle_calls = 0  # open ones that came by Serve's handle
         self._rate = (time.monotonic(), 0, 0.0)  # last sample time, target tokens since then, tokens per second
         self._metrics.memory(plan_memory(ModelConfig.from_checkpoint(checkpoint), config))
         self._levels_soon = Soon(self._record_levels)
@@ -109,43 +111,51 @@ class Replica:
             self._metrics.paid(self._tuning.usd_per_hour)  # up to now at the old price
         self._tuning = PoolTuning.model_validate(user_config)
         self._thread.max_pending = self._tuning.max_pending or self._default_max_pending
+        self._direct.hello_timeout_s = self._tuning.hello_timeout_s
+        self._direct.max_strangers = self._tuning.max_strangers
 
     async def translate(self, requests: list[TranslationRequest]) -> TranslateReply:
         """Translate one HTTP request's sentences; full, bad and dead are answers, not exceptions."""
         with span("replica.translate", pool=self._pool, sentences=len(requests)) as current:
             started_at_s = time.time()
             self._count(len(requests), 0)
-            reply = await self._translate(requests)
+            self._pairs.offered(requests)
+            self._num_handle_calls += 1
+            try:
+                reply = await self._translate(requests)
+            finally:
+                self._num_handle_calls -= 1
             if isinstance(reply, Translated):
                 record_sentences(current, reply.translations, started_at_s)
         return reply
 
     async def _translate(self, requests: list[TranslationRequest]) -> TranslateReply:
-        outcome: Outcome
         try:
-            outcome = await self._thread.translate(requests)
-        except (EngineFullError, RefusedError, EngineFailedError) as error:
-            outcome = error
+            outcome = await self._outcome(requests)
         except EngineDeadError as error:
             await asyncio.sleep(_EXIT_DELAY_S)  # the process ends meanwhile, and the ingress asks another replica
             outcome = error
+        return self._reply(requests, outcome)
+
+    async def _outcome(self, requests: list[TranslationRequest]) -> Outcome:
+        """What the engine makes of a call. Raises EngineDeadError when it did not take it."""
+        try:
+            return await self._thread.translate(requests)
+        except (EngineFullError, RefusedError, EngineFailedError) as error:
+            return error
         except asyncio.CancelledError:
             self._metrics.cancelled(len(requests))
             raise
-        return self._reply(requests, outcome)
 
-    def _came_directly(self, job: DirectJob) -> None:
-        self._count(len(job.requests), 0)
-
-    def _given_up(self, job: DirectJob) -> None:
-        self._metrics.cancelled(len(job.requests))
-
-    def _reply_direct(self, job: DirectJob, outcome: Outcome) -> TranslateReply:
-        """As translate, for a call that did not come by Serve; in the engine thread."""
-        reply = self._reply(job.requests, outcome)
-        current = past_span("replica.translate", job.trace, job.started_at_s, pool=self._pool, sentences=len(job.requests))
+    async def _translate_direct(self, requests: list[TranslationRequest], trace: Mapping[str, str]) -> TranslateReply:
+        """As translate, for a call that did not come by Serve. Raises EngineDeadError when nothing was started."""
+        started_at_s = time.time()
+        self._count(len(requests), 0)
+        self._pairs.offered(requests)
+        reply = self._reply(requests, await self._outcome(requests))
+        current = past_span("replica.translate", trace, started_at_s, pool=self._pool, sentences=len(requests))
         if isinstance(reply, Translated):
-            record_sentences(current, reply.translations, job.started_at_s)
+            record_sentences(current, reply.translations, started_at_s)
         current.end()
         return reply
 
@@ -156,6 +166,7 @@ class Replica:
             for request, translation in zip(requests, outcome, strict=True):
                 self._metrics.finished(request, translation)
             self._count(0, sum(translation.num_target_tokens for translation in outcome))
+            self._pairs.finished(requests, outcome)
             return Translated(outcome)
         match outcome:
             case EngineFullError():
@@ -176,7 +187,7 @@ class Replica:
     async def call_address(self) -> CallAddress:
         """Where direct calls go. Raises EngineDeadError when none should come."""
         self._thread.check(self._tuning.stuck_after_s)
-        return self._direct.address(self._replica_id(), _node_address())
+        return await self._direct.address(self._replica_id(), _node_address())
 
     async def status(self) -> ReplicaStatus:
         """Languages and counts of this replica. Raises EngineDeadError when it should not be counted as alive."""
@@ -195,7 +206,9 @@ class Replica:
         self._thread.check(self._tuning.stuck_after_s)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Load of this replica for an autoscaling policy: sentences, rows, target tokens per second since the last call."""
+        """Load of this replica for an autoscaling policy: sentences, rows, target tokens per second since the last call, and
+        characters and tokens by language pair.
+        """
         with self._counting:
             sampled_at, tokens, _ = self._rate
             now = time.monotonic()
@@ -207,16 +220,22 @@ class Replica:
             OFFERED: float(self._num_offered),
             UPTIME: now - self._ready_at_s,
             WAITING: float(stats.num_waiting),
+            OPEN_CALLS: float(self._direct.num_open + self._num_handle_calls),
             "running_sentences": float(stats.num_running),
             "pending_sentences": float(self._thread.num_pending),
             "row_utilization": stats.num_live_rows / stats.max_rows,
             "target_tokens_per_s": per_s,
+            **self._pairs.report(),
         }
 
-    def __del__(self) -> None:
-        """Serve calls this at a graceful stop, after the last ongoing request that it knows of."""
+    def __del__(self) -> Coroutine[Any, Any, None] | None:
+        """Serve calls this at a graceful stop, after the last request that it knows of, and awaits what it returns."""
         if self._is_wound_up:  # by Serve: now it is Python that deletes
-            return
+            return None
         self._is_wound_up = True
+        return self._wind_up()
+
+    async def _wind_up(self) -> None:
         self._direct.stop_taking_calls()
-        self._thread.stop(drain_s=_DRAIN_S)
+        await asyncio.to_thread(self._thread.stop, drain_s=_DRAIN_S)  # the event loop sends the answers meanwhile
+        await self._direct.close()

@@ -104,6 +104,16 @@ class LanguagesAnswer(BaseModel):
     pools: list[PoolLanguagesBody]
 
 
+class ExpertLoadBody(BaseModel):
+    """How one stage's tokens spread over the experts; lists have an entry for each sparse layer."""
+
+    stage: str = Field(description="encode or decode")
+    num_passes: int = Field(description="passes looked at since the start; on a GPU one decode step of 17")
+    layers: list[int] = Field(description="places of the sparse layers")
+    active_experts: list[float] = Field(description="experts with at least one token, mean of a pass")
+    skew: list[float] = Field(description="recent tokens of the busiest expert over those of the mean one")
+
+
 class ReplicaBody(BaseModel):
     """One replica's engine right now."""
 
@@ -116,6 +126,7 @@ class ReplicaBody(BaseModel):
     max_waiting: int
     num_encode_passes: int
     num_decode_steps: int
+    expert_loads: list[ExpertLoadBody]
     uptime_s: float
 
 

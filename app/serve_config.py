@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
+from app.autoscaling.open_calls import POLICY_PATH as OPEN_CALLS_POLICY
 from app.autoscaling.settings import POLICY_PATH, AutoscalingSettings
 from app.settings import INGRESS_NAME, PoolTuning, ServiceSettings
 
@@ -48,6 +49,8 @@ def check_serve_config(raw: Any, name: str) -> ServeDeploySchema:
             raise ServeConfigError(f"{name}: {'; '.join(problems)}")
     except ValidationError as error:
         raise ServeConfigError(f"{name}: {error}") from error
+    except (ImportError, AttributeError) as error:  # Serve's schema imports it then and there
+        raise ServeConfigError(f"{name}: a policy_function is not there: {error}") from error
     return config
 
 
@@ -71,8 +74,11 @@ def _inner_model(annotation: Any) -> type[BaseModel] | None:
     return next((found for part in typing.get_args(annotation) if (found := _inner_model(part))), None)
 
 
-def _is_scaled(autoscaling: Any) -> bool:
-    return isinstance(autoscaling, dict) and autoscaling.get("min_replicas", 1) != autoscaling.get("max_replicas", 1)
+def _counts_handle_calls(autoscaling: Any) -> bool:
+    """True where Serve's own rule moves the number of replicas."""
+    if not isinstance(autoscaling, dict) or autoscaling.get("min_replicas", 1) == autoscaling.get("max_replicas", 1):
+        return False
+    return (autoscaling.get("policy") or {}).get("policy_function") != OPEN_CALLS_POLICY
 
 
 def _deployment_problems(config: ServeDeploySchema) -> list[str]:
@@ -95,9 +101,10 @@ def _deployment_problems(config: ServeDeploySchema) -> list[str]:
             if settings.direct_calls and not policy:
                 problems += [
                     f"pool {deployment.name!r} is scaled by Serve's own count of calls, which args.direct_calls: true hides "
-                    f"from it; set direct_calls: false, min_replicas = max_replicas, or autoscaling_policy {POLICY_PATH}"
+                    f"from it; set direct_calls: false, min_replicas = max_replicas, autoscaling_config.policy "
+                    f"{OPEN_CALLS_POLICY}, or autoscaling_policy {POLICY_PATH}"
                     for deployment in application.deployments
-                    if deployment.name in pools and _is_scaled(deployment.autoscaling_config)
+                    if deployment.name in pools and _counts_handle_calls(deployment.autoscaling_config)
                 ]
             problems += [
                 f"deployment {deployment.name!r} is neither the ingress nor a pool ({', '.join(pools)})"

@@ -143,7 +143,8 @@ class ServiceSettings(_Strict):
     """Everything under `args:` of the application in the Serve YAML; unknown keys are errors.
 
     direct_calls: the ingress calls replicas on connections of its own (app.wire), about ten times cheaper for the replica's
-    process than Serve's handles. Serve's own autoscaling, which counts calls that its handles make, then sees an idle pool.
+    process than Serve's handles. Serve's own autoscaling, which counts calls that its handles make, then sees an idle pool;
+    app.autoscaling.open_calls counts both kinds.
     """
 
     pools: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")], PoolSettings], Field(min_length=1)]
@@ -179,8 +180,12 @@ class PoolTuning(_Strict):
     stuck_after_s: an engine step that takes longer makes the replica unhealthy. max_pending: sentences a replica
     holds, running ones included, before it answers busy; None means the engine's max_waiting + max_source_slots.
     usd_per_hour: price of one replica, for the metric of what a million characters costs; None: no such metric.
+    hello_timeout_s, max_strangers: of connections to the port for direct calls that have not told the secret: how long one
+    may last, and how many there may be before the oldest is closed.
     """
 
     stuck_after_s: Annotated[float, Field(gt=0)] = 120.0
     max_pending: Positive | None = None
     usd_per_hour: Annotated[float, Field(ge=0)] | None = None
+    hello_timeout_s: Annotated[float, Field(gt=0)] = 5.0
+    max_strangers: Positive = 64

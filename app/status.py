@@ -1,4 +1,4 @@
-"""The autoscaling part of `GET /v1/status`: the latest plan of the policy, read from where the policy leaves it."""
+"""Parts of `GET /v1/status`: expert loads, and the autoscaling policy's latest plan, from where the policy leaves it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 
 from app.autoscaling.planner import PoolPlan
 from app.autoscaling.publish import read_plans
-from app.schemas import PoolAutoscalingBody
+from app.schemas import ExpertLoadBody, PoolAutoscalingBody
+from engine.types import ExpertLoad
 
 ReadPlans = Callable[[], Mapping[str, PoolPlan]]
 
@@ -25,6 +26,17 @@ async def autoscaling_bodies(read: ReadPlans) -> tuple[dict[str, PoolAutoscaling
     except RuntimeError as error:
         return {}, str(error)
     return {name: _body(plan) for name, plan in plans.items()}, None
+
+
+def expert_load_body(load: ExpertLoad) -> ExpertLoadBody:
+    """One stage of one replica."""
+    return ExpertLoadBody(
+        stage=load.stage,
+        num_passes=load.num_passes,
+        layers=list(load.layers),
+        active_experts=[round(active / load.num_passes, 2) for active in load.num_active],
+        skew=[round(skew, 3) for skew in load.skew],
+    )
 
 
 def _body(plan: PoolPlan) -> PoolAutoscalingBody:

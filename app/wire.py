@@ -10,6 +10,7 @@ to send and not errors of the replica. Serve's handles pickle them. A direct con
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,19 @@ class CallAddress:
     host: str
     port: int
     secret: str
+
+
+# A process that dies closes its connections at once. A machine that dies does not: after this long without a sign of life
+# from its kernel (that of a process that is only slow, or frozen, still gives one) the connection counts as lost.
+_DEAD_MACHINE_OPTIONS = {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 5, "TCP_USER_TIMEOUT": 5000}  # s, s, -, ms
+
+
+def notice_dead_machines(connection: socket.socket) -> None:
+    """Have the kernel end a connection whose other machine is gone. Both sides of a direct connection want that."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _DEAD_MACHINE_OPTIONS.items():
+        if (option := getattr(socket, name, None)) is not None:  # Linux has them all
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def to_line(*message: Any) -> bytes:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loadtest.outcomes import Recording
 from loadtest.results import RunResult
 from loadtest.sender import Monitor, OpenLoopSender
+from loadtest.sender_processes import SenderProcesses, processes_needed
 from loadtest.slo import ServiceLevel
 from loadtest.summary import RunContext, RunSummary
 from loadtest.target import Target
@@ -49,7 +48,7 @@ class Execution:
         self._context = context
         self._detector = detector
         chosen: list[Monitor] = [*monitors, detector] if detector else [*monitors]
-        self._sender = OpenLoopSender(Target(context.url), context.schedule, context.planned, context.options, chosen)
+        self._sender = _sender(context, chosen)
 
     @property
     def decided_early(self) -> bool:
@@ -62,18 +61,24 @@ class Execution:
 
     async def run(self) -> RunResult:
         """Send, wait, summarise."""
-        loop = asyncio.get_running_loop()
-        started_at, cpu_started = loop.time(), time.thread_time()
         recording = await self._sender.run()
-        cpu_fraction = (time.thread_time() - cpu_started) / max(loop.time() - started_at, 1e-9)
-        cut_short_s = None
-        if recording.num_sent < len(recording.intended_s):
-            cut_short_s = float(recording.intended_s[recording.num_sent])  # the first that was not sent
+        never_sent = recording.never_sent()
+        cut_short_s = float(recording.intended_s[never_sent[0][0]]) if never_sent else None
         summary = RunSummary(
             self._context,
             recording,
-            cpu_fraction=cpu_fraction,
+            cpu_fraction=self._sender.cpu_fraction,
             cut_short_s=cut_short_s,
             decided=self.decided_early,
+            faults=self._sender.faults,
+            num_processes=self._sender.num_processes,
         )
         return summary.result()
+
+
+def _sender(context: RunContext, monitors: Sequence[Monitor]) -> OpenLoopSender | SenderProcesses:
+    target, times_s, options = Target(context.url), context.schedule.times_s, context.options
+    num_processes = min(options.num_processes or processes_needed(times_s), options.max_in_flight, len(times_s))
+    if num_processes == 1:
+        return OpenLoopSender(target, Recording.empty(times_s), context.planned, options, monitors)
+    return SenderProcesses(target, times_s, context.planned, options, num_processes, monitors)

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,12 +83,25 @@ def parse_server_timing(header: str) -> dict[str, float]:
     return {name: float(value) for name, value in _TIMING.findall(header)}
 
 
+_COLUMNS: Mapping[str, str] = {  # numpy types; the widest first, so that all lie at multiples of their size
+    "sent_s": "f8",
+    "done_s": "f8",
+    "outcome": "i8",
+    "status": "i8",
+    "target_chars": "i8",
+    "begun": "?",
+    "held": "?",
+    "retried": "?",
+}
+
+
 @dataclass(slots=True)
 class Recording:
-    """Rows 0 to num_sent - 1 are filled. Times are seconds since the start of the run, NaN where nothing happened.
+    """One row a request of the schedule. Times are seconds since the start of the run, NaN where nothing happened.
 
-    intended_s: when the schedule wanted it sent; sent_s: when its headers were written; done_s: when it ended (answer read,
-    error seen or timeout). held: it had to wait because max_in_flight requests were out. server_s[name]: from Server-Timing.
+    intended_s: when the schedule wanted it sent, rising; begun: its turn came (rows that never begun say nothing else);
+    sent_s: when its headers were written; done_s: when it ended (answer read, error seen or timeout). held: it had to wait
+    because max_in_flight requests were out. server_s[name]: from Server-Timing.
     """
 
     intended_s: Floats
@@ -96,43 +110,72 @@ class Recording:
     outcome: Ints
     status: Ints
     target_chars: Ints
+    begun: npt.NDArray[np.bool_]
     held: npt.NDArray[np.bool_]
     retried: npt.NDArray[np.bool_]
     server_s: dict[str, Floats] = field(default_factory=dict)
-    num_sent: int = 0
+
+    @staticmethod
+    def num_bytes(size: int) -> int:
+        """What the columns of `size` requests take, intended_s and server_s aside."""
+        return size * sum(np.dtype(kind).itemsize for kind in _COLUMNS.values())
 
     @classmethod
-    def empty(cls, intended_s: Floats) -> Recording:
-        """Nothing sent yet."""
-        size = len(intended_s)
-        return cls(
-            intended_s=intended_s,
-            sent_s=np.full(size, np.nan),
-            done_s=np.full(size, np.nan),
-            outcome=np.zeros(size, np.int64),
-            status=np.zeros(size, np.int64),
-            target_chars=np.zeros(size, np.int64),
-            held=np.zeros(size, np.bool_),
-            retried=np.zeros(size, np.bool_),
-        )
+    def within(cls, memory: Any, intended_s: Floats) -> Recording:
+        """The record that lies in `memory`, a writable buffer of num_bytes: all who share the memory see the same."""
+        views: dict[str, Any] = {}
+        start = 0
+        for name, kind in _COLUMNS.items():
+            views[name] = np.frombuffer(memory, kind, len(intended_s), start)
+            start += views[name].nbytes
+        return cls(intended_s, **views)
+
+    @classmethod
+    def empty(cls, intended_s: Floats, memory: Any = None) -> Recording:
+        """Nothing sent yet; in `memory` of zeros, if given."""
+        recording = cls.within(memory or bytearray(cls.num_bytes(len(intended_s))), intended_s)
+        recording.sent_s.fill(np.nan)
+        recording.done_s.fill(np.nan)
+        return recording
+
+    def share(self, number: int, of: int) -> Recording:
+        """Rows number, number + of, number + 2 of, ...: a view but for server_s, which starts empty."""
+        return Recording(*(getattr(self, name)[number::of] for name in ("intended_s", *_COLUMNS)))
+
+    def add_server_timing(self, number: int, of: int, server_s: Mapping[str, Floats]) -> None:
+        """Durations of the rows of a share."""
+        for name, column in server_s.items():
+            self._server_column(name)[number::of] = column
 
     def record_server_timing(self, index: int, header: str) -> None:
         """Keep the durations that the service reports for one request."""
         for name, milliseconds in parse_server_timing(header).items():
-            if name not in self.server_s:
-                self.server_s[name] = np.full(len(self.intended_s), np.nan)
-            self.server_s[name][index] = milliseconds / 1000
+            self._server_column(name)[index] = milliseconds / 1000
+
+    def _server_column(self, name: str) -> Floats:
+        if name not in self.server_s:
+            self.server_s[name] = np.full(len(self.intended_s), np.nan)
+        return self.server_s[name]
+
+    def due(self, now_s: float) -> slice:
+        """Rows whose time had come at now_s."""
+        return slice(0, int(np.searchsorted(self.intended_s, now_s, side="right")))
+
+    def never_sent(self) -> list[tuple[int, int]]:
+        """First and last row of every gap: requests whose turn did not come."""
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], ~self.begun, [False]])))
+        return [(int(first), int(end) - 1) for first, end in zip(edges[::2], edges[1::2], strict=True)]
 
     def latency_s(self) -> Floats:
-        """From the intended send to the end: float64[num_sent], NaN while pending."""
-        return (self.done_s - self.intended_s)[: self.num_sent]
+        """From the intended send to the end: float64[N], NaN where it did not end."""
+        return self.done_s - self.intended_s
 
     def good_and_bad(self, latency_s: float, now_s: float, warmup_s: float) -> tuple[int, int]:
         """Requests after the warm-up that met the limit, and those that can no longer meet it at now_s."""
-        sent = slice(0, self.num_sent)
-        measured = self.intended_s[sent] >= warmup_s
-        pending = self.outcome[sent] == Outcome.PENDING
-        late = np.where(pending, now_s, self.done_s[sent]) - self.intended_s[sent] > latency_s
-        good = measured & (self.outcome[sent] == Outcome.OK) & ~late
+        due = self.due(now_s)
+        measured = self.begun[due] & (self.intended_s[due] >= warmup_s)
+        pending = self.outcome[due] == Outcome.PENDING  # before the time: another process writes that first
+        late = np.where(pending, now_s, self.done_s[due]) - self.intended_s[due] > latency_s
+        good = measured & (self.outcome[due] == Outcome.OK) & ~late
         bad = measured & ~good & (~pending | late)
         return int(good.sum()), int(bad.sum())

@@ -71,6 +71,7 @@ def _run_cards(run: RunResult) -> str:
         ("lost", str(run.counts.lost)),
         ("send lag p99", _ms(lag.p99_s if lag else None)),
         ("client CPU", f"{run.client.cpu_fraction:.0%} of a core"),
+        ("sender processes", str(run.client.num_processes)),
     ]
     if run.cost:
         cards.append(("USD per 1 M characters in the SLO", _usd(run.cost.usd_per_million_good_chars)))

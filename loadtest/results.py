@@ -32,7 +32,8 @@ class ScheduleRecord(_Record):
 class ClientRecord(_Record):
     """Proof that the client was not the bottleneck. send_lag: actual minus intended send, every measured request.
 
-    num_held: requests that waited because max_in_flight others were out. cpu_fraction: of one core.
+    num_held: requests that waited because max_in_flight others were out. num_processes: that sent. cpu_fraction: of one
+    core, of the busiest of them.
     """
 
     send_lag: LatencySummary | None
@@ -40,6 +41,7 @@ class ClientRecord(_Record):
     cpu_fraction: float
     num_held: int
     max_in_flight: int
+    num_processes: int = 1
     timeout_s: float
     num_cpus: int
     load_average: float
@@ -125,7 +127,7 @@ class RunResult(_Record):
 
     valid: the client kept the schedule. slo_verdict: what the counts show at `confidence`. overhead: answered requests'
     time on the wire beyond the service's own `total`. p99_drift: p99 of the last third of the run over p99 of the
-    first.
+    first. never_sent: first and last number (from 0, in the order of the schedule) of requests whose turn did not come.
     """
 
     format: Literal["babelephant-loadtest-run/1"] = "babelephant-loadtest-run/1"
@@ -151,6 +153,7 @@ class RunResult(_Record):
     windows: list[Window]
     source_lengths: list[LengthBin]
     distinct_requests_fraction: float
+    never_sent: list[tuple[int, int]] = []
     client: ClientRecord
     cost: Cost | None
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import aiohttp
 
-from loadtest.arrivals import Schedule
 from loadtest.errors import LoadTestError
 from loadtest.outcomes import Outcome, Recording, classify
 from loadtest.target import Target
@@ -33,31 +33,46 @@ Monitor = Callable[[Recording, float], bool]  # called every tick with the secon
 
 @dataclass(frozen=True, slots=True)
 class SenderOptions:
-    """timeout_s counts from the intended send. retry_connection: once more after a connection error."""
+    """timeout_s counts from the intended send. retry_connection: once more after a connection error.
+
+    num_processes: that send, in turn; None: as many as the schedule needs (loadtest.sender_processes). Each gets its part of
+    max_in_flight.
+    """
 
     timeout_s: float = 30.0
     max_in_flight: int = 1000
     retry_connection: bool = False
+    num_processes: int | None = 1
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0 or self.max_in_flight < 1:
             raise LoadTestError("the timeout must be above 0 s and max-in-flight at least 1")
+        if self.num_processes is not None and not 1 <= self.num_processes <= self.max_in_flight:
+            raise LoadTestError(
+                f"{self.num_processes} sender processes: choose 1 up to max-in-flight ({self.max_in_flight})"
+            )
 
 
 class OpenLoopSender:
-    """One run: planned[i] is sent schedule.times_s[i] seconds after the start."""
+    """One run in this process: planned[i] is sent recording.intended_s[i] seconds after the start.
+
+    cpu_fraction: of one core, of this thread, once the run is over.
+    """
 
     def __init__(
         self,
         target: Target,
-        schedule: Schedule,
+        recording: Recording,
         planned: Sequence[PlannedRequest],
         options: SenderOptions,
         monitors: Sequence[Monitor] = (),
     ) -> None:
-        if len(planned) != len(schedule.times_s):
-            raise LoadTestError(f"{len(planned)} requests for {len(schedule.times_s)} send times")
-        self.recording = Recording.empty(schedule.times_s)
+        if len(planned) != len(recording.intended_s):
+            raise LoadTestError(f"{len(planned)} requests for {len(recording.intended_s)} send times")
+        self.recording = recording
+        self.faults: list[str] = []
+        self.num_processes = 1
+        self.cpu_fraction = 0.0
         self._url = target.translate_url
         self._planned = planned
         self._options = options
@@ -69,11 +84,15 @@ class OpenLoopSender:
         """Send nothing more; what is under way is still awaited."""
         self._stopped.set()
 
-    async def run(self) -> Recording:
-        """Send everything (or until a stop), wait for the answers, and return the record."""
+    async def run(self, origin_s: float | None = None) -> Recording:
+        """Send everything (or until a stop), wait for the answers, and return the record.
+
+        origin_s: time 0 of the schedule on the loop's clock, which all processes of a machine share; default: very soon.
+        """
         loop = asyncio.get_running_loop()
+        started_at, cpu_started = loop.time(), time.thread_time()
         async with _session() as session:
-            self._origin = loop.time() + _LEAD_S
+            self._origin = loop.time() + _LEAD_S if origin_s is None else origin_s
             with _quiet_gc():
                 watch = loop.create_task(self._watch())
                 try:
@@ -83,6 +102,7 @@ class OpenLoopSender:
                     with contextlib.suppress(asyncio.CancelledError):
                         await watch
         self._tick()
+        self.cpu_fraction = (time.thread_time() - cpu_started) / max(loop.time() - started_at, 1e-9)
         return self.recording
 
     async def _send_all(self, session: aiohttp.ClientSession) -> None:
@@ -92,7 +112,7 @@ class OpenLoopSender:
                 if self._stopped.is_set():
                     return
                 self.recording.held[index] = self._slots.locked()
-                self.recording.num_sent = index + 1
+                self.recording.begun[index] = True
                 exchanges.create_task(self._exchange(session, index))
 
     async def _sleep_until(self, moment: float) -> None:

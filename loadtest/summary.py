@@ -65,19 +65,24 @@ class RunSummary:
         cpu_fraction: float,
         cut_short_s: float | None = None,
         decided: bool = False,
+        faults: Sequence[str] = (),
+        num_processes: int = 1,
     ) -> None:
         """cut_short_s: when sending stopped before the end of the schedule, seconds from the start.
 
-        decided: it stopped because the verdict was certain, which does not make the run invalid.
+        decided: it stopped because the verdict was certain, which does not make the run invalid. faults: of the client, each
+        of which does.
         """
         self._context = context
         self._recording = recording
         self._cpu_fraction = cpu_fraction
+        self._faults = faults
+        self._num_processes = num_processes
         self._interrupted = cut_short_s is not None and not decided
         self._warmup_s = context.schedule.warmup_s
         self._end_s = context.schedule.duration_s if cut_short_s is None else cut_short_s
         self._measured_s = max(self._end_s - self._warmup_s, 1e-9)
-        chosen: Ints = np.flatnonzero(recording.intended_s[: recording.num_sent] >= self._warmup_s)
+        chosen: Ints = np.flatnonzero(recording.begun & (recording.intended_s >= self._warmup_s))
         self._indices = chosen
         self._intended: Floats = recording.intended_s[chosen]
         self._latency: Floats = recording.latency_s()[chosen]
@@ -121,6 +126,7 @@ class RunSummary:
             source_lengths=self._source_lengths(),
             distinct_requests_fraction=len({context.planned[i].body for i in self._indices.tolist()})
             / max(len(self._indices), 1),
+            never_sent=self._recording.never_sent(),
             client=client,
             cost=None if context.price is None else context.price.cost(rates),
         )
@@ -145,6 +151,7 @@ class RunSummary:
             cpu_fraction=self._cpu_fraction,
             num_held=int(self._recording.held[self._indices].sum()),
             max_in_flight=self._context.options.max_in_flight,
+            num_processes=self._num_processes,
             timeout_s=self._context.options.timeout_s,
             num_cpus=os.cpu_count() or 1,
             load_average=os.getloadavg()[0],
@@ -152,7 +159,7 @@ class RunSummary:
         )
 
     def _invalid_because(self, client: ClientRecord) -> list[str]:
-        reasons = []
+        reasons = [*self._faults]
         if not len(self._indices):
             reasons.append("no request was sent after the warm-up")
         if client.num_held > _MAX_HELD_FRACTION * max(len(self._indices), 1):
@@ -163,7 +170,8 @@ class RunSummary:
         elif client.send_lag is not None and client.send_lag.p99_s > client.max_lag_s:
             reasons.append(
                 f"send lag p99 {client.send_lag.p99_s * 1000:.1f} ms exceeds {client.max_lag_s * 1000:g} ms: this client or "
-                "its machine is too slow for the rate; use a quieter machine, a lower rate, or accept more with --max-lag-ms"
+                "its machine is too slow for the rate; use more --processes, a quieter machine, a lower rate, or accept "
+                "more with --max-lag-ms"
             )
         if self._interrupted:
             reasons.append(f"stopped after {self._end_s:.1f} of {self._context.schedule.duration_s:g} s")

@@ -1,7 +1,8 @@
 """Decisions as JSON lines: settings first, then every reading with the decision it led to.
 
-A policy's state is nothing but its readings, so the file is both the proof (`verify` decides again, bit for bit) and the
-memory: a new controller reads it and goes on where the old one stopped. About 300 bytes and 60 a pool for each decision.
+A policy's state is nothing but its readings (the capacities it counted with are among them), so the file is both the proof
+(`verify` decides again, bit for bit) and the memory: a new controller reads it and goes on where the old one stopped. About
+300 bytes and 70 a pool for each decision.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from app.autoscaling.settings import AutoscalingSettings
 from app.cost.guards import FleetDecision, Limits
 from app.cost.replay import Observation
 
-VERSION = 1
+VERSION = 2
 _LOCK_WAIT_S = 30.0
 
 
@@ -41,6 +42,7 @@ def to_record(reading: Reading, decision: FleetDecision) -> dict[str, Any]:
         "minimum": limits.minimum.tolist(),
         "maximum": limits.maximum.tolist(),
         "known": limits.known.tolist(),
+        "capacity": reading.capacity.tolist(),
         "target": decision.target.tolist(),
         "wanted": decision.wanted.tolist(),
         "forecast": decision.forecast.tolist(),
@@ -58,7 +60,8 @@ def to_reading(record: dict[str, Any]) -> Reading:
     seen = Observation(
         float(record["time_s"]), counts("offered"), np.zeros(len(backlog)), backlog, counts("ready"), counts("pending")
     )
-    return Reading(seen, Limits(counts("minimum"), counts("maximum"), np.array(record["known"], bool)))
+    limits = Limits(counts("minimum"), counts("maximum"), np.array(record["known"], bool))
+    return Reading(seen, limits, np.array(record["capacity"], np.float64))
 
 
 def read_log(path: Path) -> tuple[AutoscalingSettings, Iterator[dict[str, Any]]]:
@@ -97,7 +100,7 @@ def verify(path: Path) -> Verdict:
     first_line, first = None, ""
     for count, record in enumerate(records, 1):
         reading = to_reading(record)
-        again = to_record(reading, policy.plan(reading.seen, reading.limits))
+        again = to_record(reading, policy.decide_on(reading))
         if again != record:
             different += 1
             if first_line is None:
@@ -112,7 +115,7 @@ class DecisionLog:
 
     def __init__(self, path: Path, settings: AutoscalingSettings) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._settings = settings.model_dump(mode="json", exclude={"log_path"})
+        self._settings = settings.model_dump(mode="json", exclude={"log_path", "lengths_path"})
         self._path = path
         self._file = path.open("a+b")
         self._lock()

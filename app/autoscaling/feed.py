@@ -16,6 +16,7 @@ import numpy as np
 
 from app.cost.guards import Limits
 from app.cost.replay import Observation
+from app.cost.traces import Floats
 
 OFFERED = "offered_sentences_total"
 UPTIME = "uptime_s"
@@ -49,10 +50,11 @@ class PoolSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """All that one decision depends on."""
+    """All that one decision depends on; capacity float64[P]: of a replica, requests per second of the policy's clock."""
 
     seen: Observation
     limits: Limits
+    capacity: Floats
 
 
 def snapshot(context: Any) -> PoolSnapshot:
@@ -77,14 +79,14 @@ class Feed:
         self._stale_after_s = stale_after_s
         self._first_seen: dict[Any, float] = {}
 
-    def read(self, pools: Mapping[str, PoolSnapshot], time_s: float) -> Reading:
+    def read(self, pools: Mapping[str, PoolSnapshot], time_s: float, capacity: Floats) -> Reading:
         """The reading at `time_s` of the policy's clock. A pool that is not deployed is unknown and has no replicas."""
         rows = [self._pool(pools.get(name)) for name in self._names]
         offered, backlog, ready, pending, minimum, maximum, known = (np.array(column) for column in zip(*rows, strict=True))
         seen = Observation(time_s, offered, np.zeros(len(rows)), backlog.astype(np.float64), ready, pending)
         running = {replica for pool in pools.values() for replica in pool.running}
         self._first_seen = {replica: since for replica, since in self._first_seen.items() if replica in running}
-        return Reading(seen, Limits(minimum, maximum, known))
+        return Reading(seen, Limits(minimum, maximum, known), capacity)
 
     def _pool(self, pool: PoolSnapshot | None) -> tuple[int, float, int, int, int, int, bool]:
         if pool is None:

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from app.autoscaling.capacity import ReplicaCapacity
 from app.autoscaling.decision_log import DecisionLog
 from app.autoscaling.feed import Feed, PoolSnapshot, Reading
 from app.autoscaling.settings import AutoscalingSettings
-from app.cost.guards import FleetDecision, GuardedPolicy
+from app.cost.guards import FleetDecision
 
 log = logging.getLogger("ray.serve")
 
@@ -46,7 +47,7 @@ class FleetPlanner:
     def __init__(self, settings: AutoscalingSettings, publish: Publish) -> None:
         self._settings = settings
         self._publish = publish
-        self._policy: GuardedPolicy = settings.policy()
+        self._policy = settings.policy()
         self._feed = Feed(settings.pools, settings.period_s, settings.stale_after_s)
         self._snapshot: Mapping[str, PoolSnapshot] = {}
         self._plan: Mapping[str, PoolPlan] = {}
@@ -77,43 +78,47 @@ class FleetPlanner:
     def _run(self) -> None:
         path = self._settings.log_path
         try:
+            capacity = ReplicaCapacity(self._settings)
             if path is None:
-                self._decide_until_stopped(None)
+                self._decide_until_stopped(capacity, None)
             else:
                 with DecisionLog(path.expanduser(), self._settings) as decisions:
-                    self._resume(decisions)
-                    self._decide_until_stopped(decisions)
+                    self._resume(capacity, decisions)
+                    self._decide_until_stopped(capacity, decisions)
         except Exception:
             log.exception("autoscaling ended: replica counts stay as they are until the application is deployed again")
 
-    def _resume(self, decisions: DecisionLog) -> None:
-        started, count = time.monotonic(), 0
-        for past in decisions.past(self._stop.is_set):
-            self._policy.plan(past.seen, past.limits)
+    def _resume(self, capacity: ReplicaCapacity, decisions: DecisionLog) -> None:
+        started, count, last = time.monotonic(), 0, None
+        for last in decisions.past(self._stop.is_set):
+            self._policy.decide_on(last)
             count += 1
-        if count:
+        if last is not None:
+            capacity.resume(last.capacity)
             log.info("autoscaling: %d decisions of the past read in %.1f s", count, time.monotonic() - started)
 
-    def _decide_until_stopped(self, decisions: DecisionLog | None) -> None:
+    def _decide_until_stopped(self, capacity: ReplicaCapacity, decisions: DecisionLog | None) -> None:
         period_s = self._settings.period_s
         next_s = time.monotonic() + period_s
         while not self._stop.wait(max(next_s - time.monotonic(), 0.0)):
             next_s = max(next_s + period_s, time.monotonic())  # after a delay: at once, and no more than once
             try:
-                self._decide(decisions)
+                self._decide(capacity, decisions)
             except Exception:
                 log.exception("autoscaling: no decision this time, replica counts stay")
 
-    def _decide(self, decisions: DecisionLog | None) -> None:
+    def _decide(self, capacity: ReplicaCapacity, decisions: DecisionLog | None) -> None:
         pools = self._snapshot
         now_s = time.time()
         newest_s = max((pool.taken_at_s for pool in pools.values()), default=0.0)
         if now_s - newest_s > self._settings.stale_after_s:
             return  # the controller does not ask: nothing is known and nobody would listen
-        reading = self._feed.read(pools, now_s * self._settings.clock_scale)
+        time_s = now_s * self._settings.clock_scale
+        capacity.observe(time_s, pools)
+        reading = self._feed.read(pools, time_s, capacity.per_s)
         if not (self._policy.started or reading.limits.known.any()):
             return  # before the first metrics there is nothing to learn from
-        decision = self._policy.plan(reading.seen, reading.limits)
+        decision = self._policy.decide_on(reading)
         if decisions is not None:
             decisions.append(reading, decision)
         self._plan = self._plans(reading, decision, now_s)

@@ -15,9 +15,8 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
 from app.autoscaling import feed, publish
+from app.autoscaling.capacity import check_files
 from app.autoscaling.planner import FleetPlanner
 from app.autoscaling.settings import AutoscalingSettings
 
@@ -38,7 +37,8 @@ class FleetAutoscaler:
         self._publisher = publish.Publisher()
         try:
             checked = AutoscalingSettings.model_validate(settings)
-        except ValidationError as error:
+            check_files(checked)
+        except (ValueError, OSError) as error:  # pydantic's and our own are ValueErrors
             log.error("autoscaling is off, replica counts stay as they are: policy_kwargs are wrong: %s", error)
             self._publisher.broken = f"policy_kwargs are wrong: {error}"
             return

@@ -11,8 +11,9 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from app.autoscaling.policy import LivePolicy
 from app.cost.forecast import ForecastOptions, Rule
-from app.cost.guards import GuardedPolicy, GuardOptions, PoolSpec
+from app.cost.guards import GuardOptions, PoolSpec
 from app.cost.policy import SizingOptions
 
 POLICY_PATH = "app.autoscaling.serve_policy:FleetAutoscaler"
@@ -32,12 +33,29 @@ class PoolCapacity(_Strict):
     """One pool. capacity_per_s: sentences per second that one replica serves at the wanted latency; startup_s: whole
     seconds from order to serving; both as measured. scale of the forecast, as tuned by `babelephant replay`.
     usd_per_hour of a replica.
+
+    Instead of capacity_per_s: profile, a file of `babelephant profile` on the head node. Capacity then follows from it, from
+    slo_s (p99 of a sentence) and arrival_cv2 (burstiness) as in `babelephant plan`, and from the lengths that are learnt
+    while the service runs; source_tokens and target_tokens of a sentence are what it starts with.
     """
 
-    capacity_per_s: _Positive
+    capacity_per_s: _Positive | None = None
+    profile: Path | None = None
+    slo_s: _Positive = 1.0
+    arrival_cv2: _Positive = 1.0
+    source_tokens: _Positive | None = None
+    target_tokens: _Positive | None = None
     startup_s: _Whole
     scale: _Positive = 1.0
     usd_per_hour: _NotNegative = 0.0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.capacity_per_s is None) == (self.profile is None):
+            raise ValueError("give capacity_per_s or profile, one of them")
+        if self.profile is not None and None in (self.source_tokens, self.target_tokens):
+            raise ValueError("profile needs source_tokens and target_tokens of a sentence to start with")
+        return self
 
 
 class AutoscalingSettings(_Strict):
@@ -45,6 +63,8 @@ class AutoscalingSettings(_Strict):
     app.cost.policy.SizingOptions and app.cost.forecast.ForecastOptions.
 
     log_path: file of decisions on the head node, from which a new controller also learns the past; null for none.
+    lengths_path: file of learnt lengths there, for pools with a profile; read at the start, written every ten minutes; null
+    for none. lengths_half_life_s: after which traffic counts half for them (a new file's; 14 days).
     drain_s is 0, no order for what waits, because the service refuses what it cannot serve in time (a bounded queue).
     stale_after_s: a replica's newest report may be that old. clock_scale: policy seconds per real second, for tests;
     capacities and stale_after_s stay in real time.
@@ -52,6 +72,8 @@ class AutoscalingSettings(_Strict):
 
     pools: Annotated[dict[str, PoolCapacity], Field(min_length=1)]
     log_path: Path | None = None
+    lengths_path: Path | None = None
+    lengths_half_life_s: _Positive = 14 * 86_400.0
     interval_s: _Count = _GUARDS.interval_s
     hold_s: _Whole = _GUARDS.hold_s
     idle_s: _Count = _GUARDS.idle_s
@@ -78,10 +100,11 @@ class AutoscalingSettings(_Strict):
         """Real seconds between decisions."""
         return self.interval_s / self.clock_scale
 
-    def policy(self) -> GuardedPolicy:
+    def policy(self) -> LivePolicy:
         """A new policy that has seen nothing. Raises ValueError for options that contradict each other."""
         pools = tuple(
-            PoolSpec(name, pool.capacity_per_s / self.clock_scale, pool.startup_s, pool.scale, pool.usd_per_hour)
+            # Every reading says the capacity again; 1 stands for one that a profile will say.
+            PoolSpec(name, (pool.capacity_per_s or 1.0) / self.clock_scale, pool.startup_s, pool.scale, pool.usd_per_hour)
             for name, pool in self.pools.items()
         )
         options = GuardOptions(
@@ -97,4 +120,4 @@ class AutoscalingSettings(_Strict):
                 quantile=self.quantile, forest_share=self.forest_share, rule=self.rule, step_headroom=self.step_headroom
             ),
         )
-        return GuardedPolicy(pools, options)
+        return LivePolicy(pools, options)

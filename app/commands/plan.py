@@ -4,12 +4,16 @@ Reads pools of language pairs with their peak and mean load, takes the capacity 
 estimates it from bytes and FLOPs, and says so), and finds the cheapest fleet to a proven gap: enough for the peak, one
 replica may fail, minimum counts and quotas kept. `--paper` redoes the cost table of the paper with its assumptions
 spelled out.
+
+`--layout` decides which pairs share a pool: shared pools need fewer spare replicas and even peaks out, a pool of few pairs
+touches fewer experts a decode step. It reads the demand of each pair and writes the pools for the next plan.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +21,8 @@ from typing import TYPE_CHECKING
 from engine.config import PRECISIONS, ModelConfig
 
 if TYPE_CHECKING:
+    from app.cost.hardware import Offer
+    from app.cost.plan import PlanRules
     from app.cost.profile import Profile
 
 EXAMPLES = """  babelephant plan pools.yaml
@@ -24,9 +30,10 @@ EXAMPLES = """  babelephant plan pools.yaml
   babelephant plan pools.yaml --profile h200.json --spot --degraded 1.0
   babelephant plan pools.yaml --gpu L4 --zones 3 --degraded 1.0
   babelephant plan pools.yaml --json plan.json --plot plan.png
+  babelephant plan --layout pairs.yaml --profile h200.json --experts experts.json --out pools.yaml
   babelephant plan --paper
 
-pools.yaml is a list of pools:
+pairs.yaml is written by `babelephant demand`, experts.json by `babelephant experts`. pools.yaml is a list of pools:
   - {name: en-de, peak_per_s: 120, mean_per_s: 60, source_chars: 110, source_tokens: 28, target_tokens: 30}"""
 
 
@@ -34,6 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("pools", nargs="?", type=Path, metavar="POOLS", help="YAML list of pools, see the example")
     parser.add_argument("--paper", action="store_true", help="redo the paper's Table 4 and stop")
+    parser.add_argument(
+        "--layout", type=Path, metavar="PAIRS", help="decide which pairs of this YAML share a pool, and stop"
+    )
+    parser.add_argument(
+        "--experts", type=Path, metavar="FILE", help="with --layout: experts that each pair uses, as measured"
+    )
+    parser.add_argument(
+        "--lengths", type=Path, metavar="FILE", help="with --layout: learnt lengths, for pairs without tokens"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="with --layout: write the pools here")
     parser.add_argument("--slo", type=float, default=1.0, metavar="S", help="p99 of a sentence in seconds; default 1")
     parser.add_argument(
         "--gpu", action="append", metavar="NAME", help="GPU to consider; may be repeated; default: all priced"
@@ -76,8 +93,10 @@ def run(args: argparse.Namespace) -> int:
     if args.paper:
         print(paper_report())
         return 0
-    if args.pools is None:
-        raise CommandError("give a YAML file of pools, or --paper; `babelephant plan --help` shows one")
+    if (args.pools is None) == (args.layout is None):
+        raise CommandError("give a YAML file of pools, --layout with one of pairs, or --paper: `babelephant plan --help`")
+    if args.layout is None and (args.experts or args.lengths or args.out):
+        raise CommandError("--experts, --lengths and --out belong to --layout")
     catalogue = price_catalogue(args.prices)
     offers = [
         offer
@@ -89,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
             f"no price for {', '.join(missing)}; the catalogue has {', '.join(sorted({o.gpu for o in catalogue.offers}))}"
         )
     try:
-        pools = read_pools(args.pools)
+        pools = read_pools(args.pools) if args.pools else []
         measured = {profile.device: profile for profile in map(Profile.load, args.profile)}
     except OSError as error:
         raise CommandError(str(error)) from error
@@ -97,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
     rules = PlanRules(args.slo, args.degraded, _quotas(args.quota), args.zones)
     if not estimated and not measured:
         raise CommandError("the model runs on none of these GPUs: " + "; ".join(skipped))
+    if args.layout:
+        return _layout(args, offers, {**estimated, **measured}, rules)
     plan = make_plan(pools, offers, {**estimated, **measured}, rules, catalogue)
     print(table(plan))
     for reason in skipped:
@@ -111,6 +132,30 @@ def run(args: argparse.Namespace) -> int:
 
         plot(plan, args.plot)
         print(f"plot: {args.plot}")
+    return 0
+
+
+def _layout(args: argparse.Namespace, offers: Sequence[Offer], profiles: Mapping[str, Profile], rules: PlanRules) -> int:
+    """Decide, print, write."""
+    from app.cli import CommandError
+    from app.cost.expert_usage import ExpertUsage
+    from app.cost.layout import as_pools_file, make_layout, table
+    from app.cost.lengths import PairLengths
+    from app.cost.traffic import Traffic
+
+    try:
+        traffic = Traffic.read(args.layout)
+        usage = ExpertUsage.load(args.experts) if args.experts else None
+        lengths = PairLengths.load(args.lengths) if args.lengths else PairLengths()
+    except OSError as error:
+        raise CommandError(str(error)) from error
+    layout = make_layout(traffic.with_tokens(lengths), offers, profiles, rules, usage)
+    print(table(layout))
+    if any(profiles[pool.offer.gpu].estimated for pool in layout.pools):
+        print("capacities are estimated from bytes and FLOPs, not measured: give a --profile before ordering")
+    if args.out:
+        args.out.write_text(as_pools_file(layout))
+        print(f"pools: {args.out}; the fleet for them: babelephant plan {args.out}")
     return 0
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from app.cost.expert_usage import ACTIVE_EXPERTS, narrowed
 from app.cost.fleet import FleetPlan, FleetProblem, PlanError, solve_exact
 from app.cost.hardware import Offer, PriceCatalogue, usd_per_million_chars
 from app.cost.profile import Profile
@@ -29,6 +30,7 @@ class PoolDemand:
     per second.
 
     source_chars, source_tokens, target_tokens: per sentence. minimum replicas; arrival_cv2 burstiness (1 is Poisson).
+    experts_used of num_experts: where the use of experts was measured (app.cost.expert_usage), both or neither.
     """
 
     name: str
@@ -39,6 +41,8 @@ class PoolDemand:
     target_tokens: float
     minimum: int = 1
     arrival_cv2: float = 1.0
+    experts_used: float | None = None
+    num_experts: int | None = None
 
     def __post_init__(self) -> None:
         for field_name in _POOL_FIELDS[1:]:
@@ -46,6 +50,16 @@ class PoolDemand:
                 raise PlanError(f"pool {self.name}: {field_name} is {getattr(self, field_name)}; it must be positive")
         if self.mean_per_s > self.peak_per_s:
             raise PlanError(f"pool {self.name}: mean_per_s {self.mean_per_s} is above peak_per_s {self.peak_per_s}")
+        if (self.experts_used is None) != (self.num_experts is None):
+            raise PlanError(f"pool {self.name}: give experts_used and num_experts, or neither")
+        if self.experts_used is not None and not self.experts_used >= ACTIVE_EXPERTS:
+            raise PlanError(f"pool {self.name}: experts_used is {self.experts_used}; it must be at least {ACTIVE_EXPERTS}")
+
+    def profile(self, profile: Profile) -> Profile:
+        """A device's profile for the experts that this pool uses."""
+        if self.experts_used is None or self.num_experts is None:
+            return profile
+        return narrowed(profile, self.experts_used, self.num_experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +125,8 @@ def read_pools(path: Path) -> list[PoolDemand]:
             pools.append(PoolDemand(**entry))
         except TypeError as error:
             raise PlanError(
-                f"{path}: pool {index + 1}: {error}; fields are {', '.join(_POOL_FIELDS)}, minimum, arrival_cv2"
+                f"{path}: pool {index + 1}: {error}; fields are {', '.join(_POOL_FIELDS)}, minimum, arrival_cv2, "
+                "experts_used, num_experts"
             ) from error
     return pools
 
@@ -167,7 +182,9 @@ def capacities(
     return np.array(
         [
             [
-                profiles[offer.gpu].capacity_per_s(pool.source_tokens, pool.target_tokens, slo_s, pool.arrival_cv2)
+                pool.profile(profiles[offer.gpu]).capacity_per_s(
+                    pool.source_tokens, pool.target_tokens, slo_s, pool.arrival_cv2
+                )
                 for offer in offers
             ]
             for pool in pools

@@ -10,6 +10,7 @@ from cluster_configs.grafana.promql import Expr, PanelError, level, mean, per, q
 _OURS = "ray_babelephant_"
 _POOL = {"pool": "$pool"}
 _POOL_DEPLOYMENT = {"deployment": "$pool"}  # a pool's deployment has its name
+_DECODE = {"stage": "decode"}
 _TRANSLATE = {"route": "/v1/translate"}
 
 
@@ -103,6 +104,30 @@ SERVICE = Dashboard(
             {"{{pool}} {{reason}}": rate(_OURS + "lost_replica_calls_total", by=("pool", "reason"))},
             "Each is tried once more; only a second loss becomes a 503.",
         ),
+        Panel(
+            "Calls of replicas by way and result",
+            "calls/s",
+            {"{{pool}} {{way}} {{result}}": rate(_OURS + "replica_calls_total", by=("pool", "way", "result"))},
+            "`direct` is the usual way where direct_calls is on; `handle` then means that a pool just woke or lost a link.",
+        ),
+        Panel(
+            "Latency of direct calls",
+            "s",
+            _quantiles("replica_call_seconds", {"way": "direct"}, ("pool",)),
+            "From ingress to replica and back: queue, steps and wire. The router's panels do not see these calls.",
+        ),
+        Panel(
+            "Calls in flight",
+            "calls",
+            {"{{pool}} {{way}}": level(_OURS + "open_calls", by=("pool", "way"))},
+            "Of all ingresses; a call is one request's sentences for one pool.",
+        ),
+        Panel(
+            "Replicas linked for direct calls",
+            "replicas",
+            {"{{pool}}": level(_OURS + "linked_replicas", by=("pool",), aggregate="min")},
+            "Of the ingress that has the fewest: below the healthy replicas for long, look for its warnings.",
+        ),
     ),
 )
 POOLS = Dashboard(
@@ -150,6 +175,18 @@ POOLS = Dashboard(
             "Accepted ones include those that wait.",
         ),
         Panel(
+            "Accepted sentences by replica",
+            "sentences",
+            {"{{replica}}": level(_OURS + "pending_sentences", by=("replica",), where=_POOL)},
+            "One far above the others is slow or stuck: an ingress gives a call to the replica with the fewest of its own.",
+        ),
+        Panel(
+            "Connections refused at the port for direct calls",
+            "connections/s",
+            {"{{pool}} {{reason}}": rate(_OURS + "refused_connections_total", by=("pool", "reason"), where=_POOL)},
+            "`late`, `crowded`, `wrong_secret`: strangers at the port; `unreadable`: ingress and replica differ in version.",
+        ),
+        Panel(
             "Refused calls",
             "requests/s",
             {"{{pool}} {{reason}}": rate(_OURS + "rejected_requests_total", by=("pool", "reason"), where=_POOL)},
@@ -184,6 +221,38 @@ POOLS = Dashboard(
                 )
             },
             "The mean batch: what a step costs is spread over this many beams.",
+        ),
+        Panel(
+            "Active experts in a decode step",
+            "experts/passes",
+            {
+                "{{pool}} layer {{layer}}": per(
+                    rate(_OURS + "sampled_active_experts_total", by=("pool", "layer"), where=_POOL | _DECODE),
+                    rate(_OURS + "sampled_expert_passes_total", by=("pool", "layer"), where=_POOL | _DECODE),
+                )
+            },
+            "Experts with at least one token: their weights are what a step reads.",
+        ),
+        Panel(
+            "Tokens for an active expert",
+            "tokens/experts",
+            {
+                "{{pool}} {{stage}}": per(
+                    rate(_OURS + "sampled_expert_tokens_total", by=("pool", "stage"), where=_POOL),
+                    rate(_OURS + "sampled_active_experts_total", by=("pool", "stage"), where=_POOL),
+                )
+            },
+            "What one reading of an expert's weights is shared by: larger batches and fewer languages raise it.",
+        ),
+        Panel(
+            "Expert load skew",
+            "ratio",
+            {
+                "{{pool}} {{stage}} {{layer}}": level(
+                    _OURS + "expert_load_skew_ratio", by=("pool", "stage", "layer"), aggregate="max", where=_POOL
+                )
+            },
+            "Tokens of the busiest expert over those of the mean one, of the most uneven replica; 100 % is even.",
         ),
         Panel(
             "Encoder passes",

@@ -22,6 +22,11 @@ def number(text: str) -> float:
     return value
 
 
+def processes(text: str) -> int | None:
+    """A count, or `auto` (argparse type)."""
+    return None if text == "auto" else int(text)
+
+
 def add_target(parser: argparse.ArgumentParser) -> None:
     """Where to send and what."""
     group = parser.add_argument_group("what is loaded")
@@ -69,6 +74,13 @@ def add_client(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--retry-connection", action="store_true", help="send once more after a connection error; counted apart"
     )
+    group.add_argument(
+        "--processes",
+        type=processes,
+        metavar="N",
+        help="that send the schedule in turn (default: auto, which is one up to 400 requests in its busiest second, then "
+        "more, but one less than there are cores)",
+    )
     group.add_argument("--no-progress", action="store_true", help="no progress bar")
 
 
@@ -106,7 +118,12 @@ def chosen_sender(args: argparse.Namespace) -> SenderOptions:
     """Bounds for the sender."""
     if args.seed < 0:
         raise LoadTestError("--seed cannot be negative")
-    return SenderOptions(timeout_s=args.timeout, max_in_flight=args.max_in_flight, retry_connection=args.retry_connection)
+    return SenderOptions(
+        timeout_s=args.timeout,
+        max_in_flight=args.max_in_flight,
+        retry_connection=args.retry_connection,
+        num_processes=args.processes,
+    )
 
 
 def chosen_price(args: argparse.Namespace) -> Price | None:

@@ -19,13 +19,15 @@ class Progress:
 
     def __call__(self, recording: Recording, now_s: float) -> bool:
         """Draw the state of the record."""
-        outcome = recording.outcome[: recording.num_sent]
+        due = recording.due(now_s)
+        begun = recording.begun[due]
+        outcome = recording.outcome[due][begun]
         pending, ok = int((outcome == Outcome.PENDING).sum()), int((outcome == Outcome.OK).sum())
-        lag = (recording.sent_s - recording.intended_s)[: recording.num_sent]
-        recent = lag[-100:][np.isfinite(lag[-100:])]
+        lag = (recording.sent_s[due] - recording.intended_s[due])[-100:]
+        recent = lag[np.isfinite(lag)]
         worst_ms = f"{recent.max() * 1000:.1f}ms" if len(recent) else "-"
         self._bar.set_postfix(out=pending, ok=ok, other=len(outcome) - pending - ok, lag=worst_ms, refresh=False)
-        self._bar.update(recording.num_sent - self._bar.n)
+        self._bar.update(len(outcome) - self._bar.n)
         return False
 
     def close(self) -> None:

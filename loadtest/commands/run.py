@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from loadtest import arrivals
@@ -30,6 +31,7 @@ EXAMPLES = """\
 
 Exit status: 0 measured, 1 not a valid measurement (or, with --require-slo, a promise not shown), 2 bad input."""
 _SOAK_WARMUP_SHARE = 0.05
+_MAX_RANGES = 8  # printed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,13 +112,26 @@ def print_run(result: RunResult) -> None:
         print(f"USD per million source characters: {shown[0]} within the SLO, {shown[1]} answered")
     if lag:
         print(f"client: send lag p99 {lag.p99_s * 1000:.2f} ms (limit {result.client.max_lag_s * 1000:g}), "
-              f"max {lag.max_s * 1000:.2f} ms, CPU {result.client.cpu_fraction:.0%} of a core")  # fmt: skip
+              f"max {lag.max_s * 1000:.2f} ms, CPU {result.client.cpu_fraction:.0%} of a core"
+              f"{_busiest(result.client.num_processes)}")  # fmt: skip
     if counts.retried:
         print(f"{counts.retried} requests were sent once more after a connection error")
+    if result.never_sent and not result.valid:  # else the verdict was certain before their turn came
+        print(f"never sent: numbers {_ranges(result.never_sent)} of the schedule (from 0)")
     for reason in result.invalid_because:
         print(f"NOT VALID: {reason}")
     for warning in result.warnings:
         print(f"note: {warning}")
+
+
+def _busiest(num_processes: int) -> str:
+    return f" (the busiest of {num_processes} processes)" if num_processes > 1 else ""
+
+
+def _ranges(ranges: Sequence[tuple[int, int]]) -> str:
+    shown = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in ranges[:_MAX_RANGES])
+    rest = f" and {len(ranges) - _MAX_RANGES} more ranges (see the JSON file)" if len(ranges) > _MAX_RANGES else ""
+    return shown + rest
 
 
 def _context(args: argparse.Namespace) -> RunContext:

@@ -135,6 +135,13 @@ class LocalReplica(Replica.func_or_class):  # type: ignore[misc]
     def _replica_id(self) -> str:
         return "local"
 
+    def stopped_by_serve(self) -> Any:
+        """What Serve calls at a graceful stop, and awaits."""
+        return super().__del__()
+
+    def __del__(self) -> None:
+        """Python deletes it, in tests without Serve."""
+
 
 class LocalPool:
     """app.pools.Pool over one LocalReplica; requests and replies are pickled as on the wire."""
@@ -153,3 +160,27 @@ class LocalPool:
 
     async def status(self) -> tuple[ReplicaStatus, ...]:
         return (await self.replica.status(),)
+
+
+class Watcher:
+    """An app.pools.CallWatcher that remembers."""
+
+    def __init__(self) -> None:
+        self.num_open = 0
+        self.ended: list[tuple[str, str, str]] = []
+        self.lost: list[tuple[str, str]] = []
+        self.links: list[int] = []
+
+    def call_began(self, pool: str, way: str) -> None:
+        self.num_open += 1
+
+    def call_ended(self, pool: str, way: str, result: str, seconds: float) -> None:
+        assert seconds >= 0
+        self.num_open -= 1
+        self.ended.append((pool, way, result))
+
+    def replica_lost(self, pool: str, reason: str) -> None:
+        self.lost.append((pool, reason))
+
+    def linked(self, pool: str, num_replicas: int) -> None:
+        self.links.append(num_replicas)

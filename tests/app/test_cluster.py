@@ -186,7 +186,7 @@ def test_metrics_of_all_processes(served: Served) -> None:
     """Every metric that one successful, one failed and one cancelled request can move is on the page, with our labels."""
     served.translate("en", "de", "Cancel")
     expected = {spec.name for spec in (*INGRESS_METRICS.values(), *POOL_METRICS.values())}
-    unmoved = ("rejections", "cancelled", "retried")
+    unmoved = ("rejections", "cancelled", "retried", "refused_connections")
     expected -= {POOL_METRICS[key].name for key in unmoved} | {INGRESS_METRICS["lost_calls"].name}
 
     def exported() -> set[str]:
@@ -198,6 +198,21 @@ def test_metrics_of_all_processes(served: Served) -> None:
         return expected <= names
 
     wait_until(complete)
+
+
+def test_metrics_of_direct_calls_are_true(served: Served) -> None:
+    for _ in range(5):
+        served.translate("en", "de", "Cancel", "Save as")
+    way = {"pool": "main", "way": "direct"}
+
+    def num_ended(**result: str) -> float:
+        return sample(served, "ray_babelephant_replica_calls_total", **way, **result)
+
+    wait_until(lambda: num_ended(result="translated") >= 5)
+    wait_until(lambda: sample(served, "ray_babelephant_replica_call_seconds_count", **way) == num_ended())
+    assert 0 < sample(served, "ray_babelephant_replica_call_seconds_sum", **way) / num_ended() < 60
+    wait_until(lambda: sample(served, "ray_babelephant_linked_replicas", pool="main") == 1)
+    wait_until(lambda: sample(served, "ray_babelephant_open_calls", **way) == 0)
 
 
 def test_metrics_of_work_memory_and_money_are_true(served: Served) -> None:
@@ -215,14 +230,47 @@ def test_metrics_of_work_memory_and_money_are_true(served: Served) -> None:
     assert sample(served, name("cost_usd"), pool="asia") == 0  # no price, no cost
 
 
+def test_metrics_of_experts_are_true(served: Served) -> None:
+    """On a CPU every pass is looked at: two experts for each source token and live row, in every sparse layer."""
+    served.translate("en", "ja", "Cancel", "Save as", beam_size=4)
+    config = ModelConfig.from_checkpoint(REPOSITORY / "engine/demo/checkpoint")
+    name = "ray_babelephant_{}_total".format
+
+    def total(key: str, **labels: str) -> float:
+        return sample(served, name(key), pool="asia", **labels)
+
+    for stage, stack, passes in (("encode", "encoder", "encode_passes"), ("decode", "decoder", "decode_steps")):
+        layers = getattr(config, f"{stack}_layers")
+        sparse = [str(layer) for layer in range(layers) if config.is_sparse(stack, layer)]  # type: ignore[arg-type]
+        for layer in sparse:
+            labels = {"stage": stage, "layer": layer}
+            wait_until(lambda labels=labels, passes=passes: 0 < total("sampled_expert_passes", **labels) == total(passes))
+            active = total("sampled_active_experts", **labels) / total("sampled_expert_passes", **labels)
+            assert 2 <= active <= config.num_experts
+            skew = sample(served, "ray_babelephant_expert_load_skew_ratio", pool="asia", **labels)
+            share = sample(served, "ray_babelephant_busiest_expert_share_ratio", pool="asia", **labels)
+            assert 1 <= skew == pytest.approx(share * config.num_experts)
+        assert total("sampled_expert_passes", stage=stage) == len(sparse) * total(passes)
+        if stage == "encode":
+            assert total("sampled_expert_tokens", stage=stage) == 2 * len(sparse) * total("source_tokens")
+    loads = next(p for p in json.loads(served.request("/v1/status")[2])["pools"] if p["name"] == "asia")["replicas"][0]
+    assert [load["stage"] for load in loads["expert_loads"]] == ["encode", "decode"]
+
+
 def test_a_trace_leads_from_the_proxy_to_the_engines_steps(served: Served) -> None:
     trace_id, client = "af" * 16, "b7" * 8
     body = {"source_lang": "en", "target_lang": "de", "texts": ["Cancel", "Save as"]}
     assert served.request("/v1/translate", body, traceparent=f"00-{trace_id}-{client}-01")[0] == 200
-    wait_until(lambda: sum(span["name"].startswith("engine.") for span in spans(served, trace_id)) == 6)
+
+    def is_one_tree() -> bool:
+        """Nothing hangs in the air; processes write their spans in no certain order."""
+        seen = spans(served, trace_id)
+        known = {f"0x{client}"} | {span["context"]["span_id"] for span in seen}
+        steps = sum(span["name"].startswith("engine.") for span in seen)
+        return steps == 6 and all(span["parent_id"] in known for span in seen)
+
+    wait_until(is_one_tree)
     found = {span["context"]["span_id"]: span for span in spans(served, trace_id)}
-    parents = {f"0x{client}": "client"} | {span_id: span["name"] for span_id, span in found.items()}
-    assert all(span["parent_id"] in parents for span in found.values())  # one tree: nothing hangs in the air
     chain = [span for span in found.values() if span["name"] == "engine.decode"][:1]
     while chain[-1]["parent_id"] in found:
         chain.append(found[chain[-1]["parent_id"]])

@@ -19,7 +19,7 @@ from app.pools import RayPool
 from app.settings import PoolSettings
 from app.wire import Busy, CallAddress, Refused, Translated, TranslateReply
 from engine.types import TranslationRequest
-from tests.app.fakes import FakeTranslator, LocalReplica
+from tests.app.fakes import FakeTranslator, LocalReplica, Watcher
 
 HOST = "127.0.0.1"
 
@@ -37,12 +37,16 @@ class Server:
         self.replica: Any = LocalReplica(PoolSettings(), self.translator)
         self.calls: CallServer = self.replica._direct
         self.traces: list[Mapping[str, str]] = []
-        count = self.calls.offered
-        self.calls.offered = lambda job: (self.traces.append(job.trace), count(job))[-1]  # type: ignore[func-returns-value]
+        self._answer = self.calls.answer
+        self.calls.answer = self._remember
         self.answers_serve = True
 
-    def address(self) -> CallAddress:
-        return self.calls.address(self.name, HOST)
+    async def _remember(self, sentences: list[TranslationRequest], trace: Mapping[str, str]) -> TranslateReply:
+        self.traces.append(trace)
+        return await self._answer(sentences, trace)
+
+    async def address(self) -> CallAddress:
+        return await self.calls.address(self.name, HOST)
 
     @property
     def num_calls(self) -> int:
@@ -50,11 +54,15 @@ class Server:
 
     def hang_up(self) -> None:
         """Break every connection, as when the process is killed."""
-        self.calls.thread.poller.run_soon(lambda: [peer._end() for peer in list(self.calls.peers)])
+        for peer in list(self.calls.peers):
+            peer.abort()
 
     def stop(self) -> None:
         self.translator.gate.set()
         self.replica._thread.stop(drain_s=0.05)
+        if self.calls._server is not None:
+            self.calls._server.close()
+        self.hang_up()
 
 
 class Handle:
@@ -73,7 +81,7 @@ class Handle:
         assert return_exceptions
         if not self.servers:
             raise DeploymentUnavailableError(DeploymentID(name="p"))
-        return [s.address() if s.answers_serve else RuntimeError("unhealthy") for s in self.servers]
+        return [await s.address() if s.answers_serve else RuntimeError("unhealthy") for s in self.servers]
 
     def remote(self, sentences: list[TranslationRequest]) -> asyncio.Future[TranslateReply]:
         self.num_slow_calls += 1
@@ -98,10 +106,10 @@ def slow() -> FakeTranslator:
 LONG = "x " * 20
 
 
-async def connected(*servers: Server) -> tuple[RayPool, Handle, Links]:
+async def connected(*servers: Server, watcher: Watcher | None = None) -> tuple[RayPool, Handle, Links]:
     """A pool whose links are up."""
     handle = Handle(*servers)
-    pool = RayPool("p", handle, direct=True)
+    pool = RayPool("p", handle, direct=True, watcher=watcher)
     links = pool._links
     assert links is not None
     await links.look()
@@ -163,9 +171,8 @@ def test_calls_go_where_the_fewest_sentences_are_under_way() -> None:
 def test_a_call_whose_connection_breaks_is_made_again_elsewhere() -> None:
     async def scenario() -> None:
         a, b = Server("a", slow()), Server("b", slow())
-        lost: list[tuple[str, str]] = []
-        pool, _, links = await connected(a, b)
-        pool._on_lost = lambda name, reason: lost.append((name, reason))
+        watcher = Watcher()
+        pool, _, links = await connected(a, b, watcher=watcher)
         call = asyncio.create_task(pool.translate(requests(LONG), 10))
         await eventually(lambda: a.translator.running or b.translator.running)
         first, other = (a, b) if a.num_calls else (b, a)
@@ -173,7 +180,9 @@ def test_a_call_whose_connection_breaks_is_made_again_elsewhere() -> None:
         reply = await call
         assert isinstance(reply, Translated)
         assert reply.translations[0].text == LONG.upper()
-        assert (first.num_calls, other.num_calls, lost) == (1, 1, [("p", "ReplicaGoneError")])
+        assert (first.num_calls, other.num_calls, watcher.lost) == (1, 1, [("p", "ReplicaGoneError")])
+        assert watcher.ended == [("p", "direct", "lost"), ("p", "direct", "translated")]
+        assert (watcher.num_open, watcher.links[0]) == (0, 2)
         assert first.translator.cancelled == ["r0"]  # nobody waits there any more
         assert [link.is_open for link in links._links.values()].count(True) == 1
         for server in (a, b):
@@ -253,11 +262,11 @@ def test_a_stopping_replica_drains_before_it_closes() -> None:
         link = links._links["a"]
         call = asyncio.create_task(pool.translate(requests(LONG), 10))
         await eventually(lambda: server.translator.running)
-        await asyncio.to_thread(server.replica.__del__)  # by Serve, at a graceful stop
+        await server.replica.stopped_by_serve()
         assert not server.translator.has_work
         assert isinstance(await call, Translated)
         await eventually(lambda: not link.is_open)
-        server.replica.__del__()  # by Python
+        assert server.replica.stopped_by_serve() is None  # once, whoever calls it again
 
     run(scenario)
 
@@ -278,7 +287,7 @@ def test_links_follow_serves_list() -> None:
         a.answers_serve = True
         await links.look()
         assert links._links["a"].takes_calls
-        await asyncio.to_thread(b.stop)
+        b.stop()
         await eventually(lambda: not links._links["b"].is_open)
         handle.servers.remove(b)
         await links.look()
@@ -309,7 +318,7 @@ def test_strangers_are_cut_off_and_disturb_nobody(sent: bytes) -> None:
     async def scenario() -> None:
         server = Server("a")
         pool, _, _ = await connected(server)
-        address = server.address()
+        address = await server.address()
         reader, writer = await asyncio.open_connection(HOST, address.port)
         writer.write(sent)
         with suppress(ConnectionResetError):
@@ -326,7 +335,7 @@ def test_nonsense_after_the_hello_ends_that_connection_only() -> None:
     async def scenario() -> None:
         server = Server("a")
         pool, _, _ = await connected(server)
-        address = server.address()
+        address = await server.address()
         for nonsense in ('["call",1,{},[["too","short"]]]', '["call"]', '["call",1,{},[]]', '["dance"]', "7"):
             reader, writer = await asyncio.open_connection(HOST, address.port)
             writer.write(json.dumps(["hello", address.secret]).encode() + b"\n" + nonsense.encode() + b"\n")

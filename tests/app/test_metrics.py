@@ -1,20 +1,26 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import http.server
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import app.metrics
 from app.errors import ServiceError
-from app.metrics import AUTOSCALING_METRICS, INGRESS_METRICS, POOL_METRICS, IngressMetrics, PoolMetrics, _Counts
+from app.metrics import AUTOSCALING_METRICS, INGRESS_METRICS, POOL_METRICS, IngressMetrics, PoolMetrics, Soon, _Counts
 from app.prometheus import MetricsRelay, merge_pages
-from engine.types import TranslationRequest
+from app.settings import resolve_checkpoint
+from engine.accounting import plan_memory
+from engine.config import EngineConfig, ModelConfig
+from engine.types import ExpertLoad, TranslationRequest
 from tests.app.fakes import FakeTranslator
 
 PAGE_A = """# HELP ray_x_total things
@@ -83,6 +89,16 @@ def test_names_follow_the_conventions() -> None:
         assert "ms" not in spec.name.split("_")
 
 
+def test_the_readme_lists_every_metric() -> None:
+    text = (Path(app.metrics.__file__).parent / "README.md").read_text(encoding="utf-8")
+    listed = [tuple(row) for row in re.findall(r"^\| `(babelephant_\w+)` \| ([\w, ]+) \| (.+) \|$", text, re.MULTILINE)]
+    specs = [*INGRESS_METRICS.values(), *POOL_METRICS.values(), *AUTOSCALING_METRICS.values()]
+    assert listed == [(spec.name, ", ".join(spec.labels), spec.help) for spec in specs]
+    kinds = {"total": "counter", "seconds": "histogram", "texts": "histogram"}  # the rule that stands above the table
+    for spec in specs:
+        assert spec.kind == kinds.get(spec.name.rsplit("_", 1)[1], "gauge")
+
+
 class Recorder:
     """A metric that remembers."""
 
@@ -91,6 +107,8 @@ class Recorder:
 
     def inc(self, value: float, tags: dict[str, str]) -> None:
         self.calls.append((value, tags))
+
+    set = inc
 
 
 def test_counts_are_added_up_and_handed_over_soon() -> None:
@@ -124,17 +142,83 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+LOAD = ExpertLoad("decode", (1, 3), 8, (64, 64), (20, 61), (2.5, 1.5), (0.3, 0.2))
+
+
+def test_expert_loads_are_counted_once_and_not_at_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.metrics, "_REPEAT_S", 1000.0)
+    pool, stats = PoolMetrics("p"), FakeTranslator().stats()
+    pool._counts._soon = Soon(pool._counts.flush, 1000.0)  # not before the test does
+    live = {key: Recorder() for key in POOL_METRICS}
+    pool._live.update(live)
+    later = dataclasses.replace(LOAD, num_passes=10, num_tokens=(80, 80), num_active=(25, 75), skew=(2.0, 1.0))
+    encode = dataclasses.replace(LOAD, stage="encode", layers=(5,), num_passes=1)
+
+    def shown(now_s: float, *loads: ExpertLoad) -> None:
+        monkeypatch.setattr("app.metrics.time.monotonic", lambda: now_s)
+        pool.level(dataclasses.replace(stats, expert_loads=loads), 0)
+
+    shown(100.0)  # nothing has run: nothing to say, and nothing to wait for
+    shown(101.0, LOAD)
+    shown(102.0, later)  # too soon
+    shown(106.5, later, encode)
+    shown(120.0, later, encode)  # no news
+    pool._counts.flush()
+
+    def series(key: str) -> list[tuple[float, str, str]]:
+        assert {tags["pool"] for _, tags in live[key].calls} == {"p"}
+        return [(value, tags["stage"], tags["layer"]) for value, tags in live[key].calls]
+
+    assert series("expert_passes") == [(10, "decode", "1"), (10, "decode", "3"), (1, "encode", "5")]
+    assert series("expert_tokens") == [(80, "decode", "1"), (80, "decode", "3"), (64, "encode", "5")]
+    assert series("active_experts") == [(25, "decode", "1"), (75, "decode", "3"), (20, "encode", "5")]
+    assert series("expert_skew") == [
+        (2.5, "decode", "1"),
+        (1.5, "decode", "3"),
+        (2.0, "decode", "1"),
+        (1.0, "decode", "3"),
+        (2.5, "encode", "5"),
+    ]
+    assert len(series("busiest_expert")) == 5
+
+
+def test_levels_are_set_again_because_rays_exporter_forgets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.metrics, "_REPEAT_S", 0.0)
+    ingress, pool = IngressMetrics(), PoolMetrics("p")
+    plan = plan_memory(ModelConfig.from_checkpoint(resolve_checkpoint("engine/demo/checkpoint")), EngineConfig())
+    pool.memory(plan)
+    pool.level(dataclasses.replace(FakeTranslator().stats(), expert_loads=(LOAD,)), 0)
+    ingress.linked("p", 2)
+    for metrics in (ingress, pool):
+        metrics._live.update({key: Recorder() for key in metrics._live})
+    ingress.repeat_levels()
+    pool.level(FakeTranslator().stats(), 0)
+    assert ingress._live["linked"].calls == [(2, {"pool": "p"})]
+    memory = {tags["part"]: size for size, tags in pool._live["memory"].calls}
+    assert memory["experts"] == plan.experts_bytes
+    assert len(memory) == 6
+    assert [value for value, _ in pool._live["expert_skew"].calls] == [2.5, 1.5]
+    monkeypatch.setattr(app.metrics, "_REPEAT_S", 60.0)
+    pool.level(FakeTranslator().stats(), 0)
+    pool.level(FakeTranslator().stats(), 0)  # many times a second under load
+    assert len(pool._live["memory"].calls) == 12
+
+
 def test_every_count_knows_its_labels() -> None:
     """A label too many or too few must not wait for the first flush in production."""
     ingress, pool = IngressMetrics(), PoolMetrics("p")
     request = TranslationRequest("r", "a", "eng_Latn", "deu_Latn")
     ingress.answered("/v1/translate", 200, 0.1, "busy")
     ingress.replica_lost("p", "RayActorError")
+    ingress.call_began("p", "direct")
+    ingress.call_ended("p", "direct", "translated", 0.1)
+    ingress.linked("p", 2)
     ingress.translated("p", "eng_Latn", "deu_Latn", 1, 3)
     pool.finished(request, FakeTranslator()._translation(request))
     pool.rejected("busy")
+    pool.connection_refused("late")
     pool.cancelled(2)
-    pool.level(FakeTranslator().stats(), 0)
+    pool.level(dataclasses.replace(FakeTranslator().stats(), expert_loads=(LOAD,)), 0)
     for metrics in (ingress, pool):
         assert metrics._counts._sums
         metrics._counts.flush()

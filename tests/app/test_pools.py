@@ -15,7 +15,7 @@ from app.errors import ServiceError
 from app.pools import LOST_REPLICA_ERRORS, RayPool, ReplicaStatus
 from app.wire import Busy, Failed, Translated
 from engine.types import TranslationRequest
-from tests.app.fakes import LANGUAGES, FakeTranslator
+from tests.app.fakes import LANGUAGES, FakeTranslator, Watcher
 
 REQUESTS = [TranslationRequest("r0", "a", "eng_Latn", "deu_Latn")]
 
@@ -88,11 +88,13 @@ def test_dead_replica_is_retried_once() -> None:
     ],
 )
 def test_however_ray_reports_a_lost_replica_it_is_retried_and_counted(error: Exception) -> None:
-    lost: list[tuple[str, str]] = []
     handle = Handle(error, Translated(()))
-    pool = RayPool("p", handle, on_lost=lambda name, reason: lost.append((name, reason)))
+    watcher = Watcher()
+    pool = RayPool("p", handle, watcher=watcher)
     assert run(lambda: pool.translate(REQUESTS, 5)) == Translated(())
-    assert lost == [("p", type(error).__name__)]
+    assert watcher.lost == [("p", type(error).__name__)]
+    assert watcher.ended == [("p", "handle", "lost"), ("p", "handle", "translated")]
+    assert watcher.num_open == 0
     again = Handle(error, error)
     with pytest.raises(ServiceError) as caught:
         run(lambda: RayPool("p", again).translate(REQUESTS, 5))
@@ -156,11 +158,12 @@ def test_busy_is_not_retried() -> None:
 
 
 def test_deadline_cancels_the_replicas_work() -> None:
-    handle = Handle("hang")
+    handle, watcher = Handle("hang"), Watcher()
     with pytest.raises(ServiceError) as error:
-        run(lambda: RayPool("p", handle).translate(REQUESTS, 0.05))
+        run(lambda: RayPool("p", handle, watcher=watcher).translate(REQUESTS, 0.05))
     assert error.value.code == "deadline_exceeded"
     assert handle.responses[0].cancelled
+    assert (watcher.ended, watcher.num_open) == ([("p", "handle", "late")], 0)
 
 
 def test_deadline_spans_both_attempts() -> None:
@@ -172,10 +175,10 @@ def test_deadline_spans_both_attempts() -> None:
 
 
 def test_client_that_hangs_up_cancels_the_replicas_work() -> None:
-    handle = Handle("hang")
+    handle, watcher = Handle("hang"), Watcher()
 
     async def scenario() -> None:
-        task = asyncio.create_task(RayPool("p", handle).translate(REQUESTS, 60))
+        task = asyncio.create_task(RayPool("p", handle, watcher=watcher).translate(REQUESTS, 60))
         await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -183,6 +186,7 @@ def test_client_that_hangs_up_cancels_the_replicas_work() -> None:
 
     run(scenario)
     assert handle.responses[0].cancelled
+    assert (watcher.ended, watcher.num_open) == ([("p", "handle", "given_up")], 0)
 
 
 def test_status_leaves_out_replicas_that_cannot_answer() -> None:

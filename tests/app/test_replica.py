@@ -89,7 +89,7 @@ def test_graceful_stop_finishes_what_was_accepted(monkeypatch: pytest.MonkeyPatc
         ours = replica(FakeTranslator(step_s=0.01))
         task = asyncio.create_task(ours.translate([request("a b c d e")]))
         await asyncio.sleep(0.02)
-        await asyncio.to_thread(ours.__del__)
+        await ours.stopped_by_serve()
         reply = await task
         assert isinstance(reply, Translated)
         assert reply.translations[0].text == "A B C D E"

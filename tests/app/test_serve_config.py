@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from app.autoscaling.open_calls import POLICY_PATH
 from app.serve import build_app
 from app.serve_config import ServeConfigError, load_serve_config
 from app.settings import ServiceSettings
@@ -58,12 +59,35 @@ def test_shipped_configs_are_valid_and_build(path: Path) -> None:
             ),
             "pool 'demo' is scaled by Serve's own count of calls, which args.direct_calls: true hides",
         ),
+        (
+            lambda raw, app, deployments: deployments["demo"]["autoscaling_config"].update(
+                policy={"policy_function": POLICY_PATH + "s"}
+            ),
+            "a policy_function is not there: module 'app.autoscaling.open_calls' has no attribute 'scale_by_open_callss'",
+        ),
+        (
+            lambda raw, app, deployments: (
+                app["args"].update(direct_calls=True),
+                deployments["demo"]["autoscaling_config"].update(
+                    max_replicas=2, policy={"policy_function": "ray.serve.autoscaling_policy:default_autoscaling_policy"}
+                ),
+            ),
+            "autoscaling_config.policy app.autoscaling.open_calls:scale_by_open_calls",
+        ),
     ],
 )
 def test_mistakes_are_found_before_ray_starts(tmp_path: Path, change: Any, problem: str) -> None:
     with pytest.raises(ServeConfigError) as error:
         load_serve_config(changed(tmp_path, change))
     assert problem in str(error.value)
+
+
+def test_direct_calls_and_a_pool_that_scales_by_what_its_replicas_say(tmp_path: Path) -> None:
+    def change(raw: Any, app: Any, deployments: Any) -> None:
+        app["args"].update(direct_calls=True)
+        deployments["demo"]["autoscaling_config"].update(max_replicas=2, policy={"policy_function": POLICY_PATH})
+
+    load_serve_config(changed(tmp_path, change))
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

@@ -17,11 +17,18 @@ from app.prometheus import MetricsRelay
 from app.settings import ServiceSettings
 from app.status import ReadPlans, plans_of
 from app.translation import TranslationService
-from engine.types import EngineStats
+from engine.types import EngineStats, ExpertLoad
 
 SETTINGS = ServiceSettings.model_validate({"pools": {"main": {}, "rare": {"pairs": ["en-ja"]}}})
 STATS = EngineStats(
-    num_waiting=0, num_running=1, num_live_rows=1, max_rows=4, max_waiting=8, num_encode_passes=0, num_decode_steps=0
+    num_waiting=0,
+    num_running=1,
+    num_live_rows=1,
+    max_rows=4,
+    max_waiting=8,
+    num_encode_passes=0,
+    num_decode_steps=0,
+    expert_loads=(ExpertLoad("decode", (1, 3), 8, (64, 64), (20, 61), (2.71828, 1.5), (0.34, 0.19)),),
 )
 
 
@@ -84,6 +91,9 @@ def test_every_pool_shows_its_newest_decision() -> None:
         "state": "deciding",
     }
     assert len(shown["main"]["replicas"]) == 2
+    assert shown["main"]["replicas"][1]["expert_loads"] == [
+        {"stage": "decode", "num_passes": 8, "layers": [1, 3], "active_experts": [2.5, 7.62], "skew": [2.718, 1.5]}
+    ]
     assert shown["rare"]["autoscaling"] is None
 
 

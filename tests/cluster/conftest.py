@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,7 @@ def start_fleet(
     """`with start_fleet(import_path=...) as fleet`. Fails when a process of the cluster outlives it."""
 
     @contextmanager
-    def start(*, patient: bool = False, **variant: str) -> Iterator[Fleet]:
+    def start(*, patient: bool = False, **variant: Any) -> Iterator[Fleet]:
         (port,) = free_ports(1)
         fleet = Fleet(tmp_path_factory.mktemp("fleet"), production_variant(port, **variant), patient=patient)
         try:

@@ -35,9 +35,11 @@ _PATIENT_CONFIG = {**_SYSTEM_CONFIG, "health_check_timeout_ms": 10_000, "health_
 _ENGINE = {"max_rows": 32, "max_source_slots": 16, "encode_token_budget": 1024, "max_waiting": 64}
 
 
-def production_variant(port: int, *, import_path: str = "app.serve:build_app") -> dict[str, Any]:
+def production_variant(
+    port: int, *, import_path: str = "app.serve:build_app", direct_calls: bool | None = None
+) -> dict[str, Any]:
     """production.yaml with what a small machine without GPUs has to change, one replica a pool; args are those of the file
-    but for checkpoint, device, limits and the pool that is left out."""
+    but for checkpoint, device, limits, the pool that is left out, and direct_calls if given."""
     text = (REPOSITORY / "cluster_configs/serve/production.yaml").read_text(encoding="utf-8")
     raw: dict[str, Any] = json.loads(json.dumps(yaml.safe_load(text)))  # YAML anchors share objects, JSON does not
     raw |= {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port}}
@@ -50,6 +52,8 @@ def production_variant(port: int, *, import_path: str = "app.serve:build_app") -
         del pool["checkpoint"]  # the demonstration model
         pool |= {"device": "cpu", "engine": dict(_ENGINE)}
     args["http"] |= {"max_sentences": 64}
+    if direct_calls is not None:
+        args["direct_calls"] = direct_calls
     deployments = {d["name"]: d for d in application["deployments"] if d["name"] != "asia"}
     application["deployments"] = list(deployments.values())
     deployments["ingress"]["ray_actor_options"] = {"num_cpus": 0, "label_selector": {"node-pool": "head"}}

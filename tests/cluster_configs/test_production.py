@@ -7,11 +7,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from ray._common.utils import import_attr
 from ray.serve.schema import DeploymentSchema
 
+from app.autoscaling.open_calls import scale_by_open_calls
 from app.routing import LanguagePair
 from app.serve_config import ServeConfigError, load_serve_config
-from app.settings import ServiceSettings
+from app.settings import INGRESS_NAME, ServiceSettings
 from engine.accounting import plan_memory
 from engine.config import ModelConfig
 from tests.cluster_configs.folder import CONFIGS, PRODUCTION, load
@@ -56,10 +58,17 @@ def test_replica_counts_can_change_without_a_restart(deployments: dict[str, Depl
     assert deployments["ingress"].autoscaling_config["min_replicas"] >= 2  # type: ignore[index]
 
 
+def test_pools_scale_by_what_replicas_say(settings: ServiceSettings, deployments: dict[str, DeploymentSchema]) -> None:
+    assert settings.direct_calls
+    for name in settings.pools:
+        policy = deployments[name].autoscaling_config["policy"]["policy_function"]  # type: ignore[index]
+        assert import_attr(policy) is scale_by_open_calls
+
+
 def test_replicas_drain_longer_than_the_longest_request(
     settings: ServiceSettings, deployments: dict[str, DeploymentSchema]
 ) -> None:
-    for name in settings.pools:
+    for name in (INGRESS_NAME, *settings.pools):
         drain_s = deployments[name].graceful_shutdown_timeout_s
         assert isinstance(drain_s, (int, float)) and drain_s > settings.http.max_timeout_s
 
@@ -96,6 +105,7 @@ def test_pairs_go_where_the_table_says(settings: ServiceSettings, src_lang: str,
         ("graceful_shutdown_timeout_s: 130", "graceful_shutdown_timeouts: 130", "graceful_shutdown_timeouts is not"),
         ("- name: europe", "- name: europa", "'europa' is neither the ingress nor a pool"),
         ("max_replicas: 4", "max_replicas: 0", "max_replicas"),
+        ("scale_by_open_calls", "scale_by_calls", "a policy_function is not there"),
     ],
 )
 def test_mistakes_are_refused(tmp_path: Path, old: str, new: str, problem: str) -> None:

@@ -40,7 +40,8 @@ def readings(count: int) -> list[Reading]:
             ready,
             rng.integers(0, 3, 2),
         )
-        result.append(Reading(seen, Limits(np.array([1, 0]), np.array([9, 40]), rng.random(2) > 0.1)))
+        limits = Limits(np.array([1, 0]), np.array([9, 40]), rng.random(2) > 0.1)
+        result.append(Reading(seen, limits, np.array([3.3, 7.0 + slot // 40 / 3])))
     return result
 
 
@@ -49,9 +50,9 @@ def write(path: Path, part: list[Reading]) -> list[dict[str, object]]:
     policy, lines = SETTINGS.policy(), []
     with DecisionLog(path, SETTINGS) as log:
         for past in log.past(lambda: False):
-            policy.plan(past.seen, past.limits)
+            policy.decide_on(past)
         for reading in part:
-            decision = policy.plan(reading.seen, reading.limits)
+            decision = policy.decide_on(reading)
             log.append(reading, decision)
             lines.append(to_record(reading, decision))
     return lines
@@ -79,7 +80,9 @@ def test_restarts_change_no_decision(tmp_path: Path) -> None:
     assert (tmp_path / "five").read_bytes() == (tmp_path / "one").read_bytes()
 
 
-@pytest.mark.parametrize(("key", "value"), [("forecast", 1e-12), ("offered", 1), ("backlog", 1e-9), ("target", 1)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("forecast", 1e-12), ("offered", 1), ("backlog", 1e-9), ("target", 1), ("capacity", -5)]
+)
 def test_the_smallest_change_is_found(tmp_path: Path, key: str, value: float, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "decisions.jsonl"
     write(path, readings(120))
@@ -130,15 +133,16 @@ def test_two_writers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_readings_survive_json_bit_for_bit() -> None:
     policy = SETTINGS.policy()
     for reading in readings(50):
-        decision = policy.plan(reading.seen, reading.limits)
+        decision = policy.decide_on(reading)
         again = to_reading(json.loads(json.dumps(to_record(reading, decision))))
         assert again.seen.time_s == reading.seen.time_s
         np.testing.assert_array_equal(again.seen.backlog, reading.seen.backlog)
         np.testing.assert_array_equal(again.limits.known, reading.limits.known)
+        np.testing.assert_array_equal(again.capacity, reading.capacity)
 
 
 @pytest.mark.parametrize(
-    "content", ["", "hello\n", "[]\n", '{"babelephant_decisions": 1}\n', '{"babelephant_decisions": 9}\n']
+    "content", ["", "hello\n", "[]\n", '{"babelephant_decisions": 2}\n', '{"babelephant_decisions": 9}\n']
 )
 def test_other_files_are_named_as_such(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from app.autoscaling.feed import Feed, Reading, snapshot
@@ -9,6 +10,7 @@ from tests.app.autoscaling.contexts import FakePool
 
 PERIOD_S = 0.5
 STALE_S = 1.0
+CAPACITY = np.array([5.0])
 
 
 class Watch:
@@ -22,7 +24,7 @@ class Watch:
     def read(self, seconds: float = PERIOD_S) -> Reading:
         self.now_s += seconds
         self.pool.advance(self.now_s)
-        return self.feed.read({"a": snapshot(self.pool.context(self.now_s))}, self.now_s)
+        return self.feed.read({"a": snapshot(self.pool.context(self.now_s))}, self.now_s, CAPACITY)
 
     def offered(self, seconds: float = PERIOD_S) -> int:
         return int(self.read(seconds).seen.offered[0])
@@ -72,7 +74,7 @@ def test_a_controller_that_starts_late_reads_rates_and_no_totals() -> None:
     watch.pool.advance(watch.now_s)
     assert watch.offered() == pytest.approx(50, abs=6)
     watch.pool.points["a#1"] = watch.pool.points["a#1"][-1:]  # a single point: the mean of its life
-    reading = watch.feed.read({"a": snapshot(watch.pool.context(watch.now_s))}, 0.0)
+    reading = watch.feed.read({"a": snapshot(watch.pool.context(watch.now_s))}, 0.0, CAPACITY)
     assert reading.seen.offered[0] == pytest.approx(50, abs=1)
 
 
@@ -104,7 +106,7 @@ def test_one_silent_replica_makes_the_pool_unknown_but_a_new_one_may_be_silent()
     context = watch.pool.context(watch.now_s)
     fresh = [(watch.now_s, 0.0)]
     watch.pool.points |= {"a#1": fresh, "a#2": fresh}
-    assert watch.feed.read({"a": snapshot(context)}, 0.0).limits.known.tolist() == [False]
+    assert watch.feed.read({"a": snapshot(context)}, 0.0, CAPACITY).limits.known.tolist() == [False]
 
 
 def test_no_replicas_wanted_is_known_and_an_undeployed_pool_is_not() -> None:
@@ -112,7 +114,7 @@ def test_no_replicas_wanted_is_known_and_an_undeployed_pool_is_not() -> None:
     watch.pool.queued = 2.0
     reading = watch.read()
     assert (reading.limits.known.tolist(), reading.seen.backlog.tolist()) == ([True], [2.0])
-    missing = watch.feed.read({}, 0.0)
+    missing = watch.feed.read({}, 0.0, CAPACITY)
     assert missing.limits.known.tolist() == [False]
     assert missing.limits.maximum.tolist() == [0]
     assert missing.seen.pending.tolist() == [0]

@@ -30,4 +30,11 @@ def test_offered_sentences_count_whether_answered_or_refused() -> None:
     assert stats[WAITING] == 0.0
     assert stats[UPTIME] == pytest.approx(time.monotonic() - begin, abs=1.0)
     assert all(isinstance(value, float) for value in stats.values())  # Serve drops all of them for one of another type
+    assert {name: value for name, value in stats.items() if name.startswith("pair ")} == {
+        "pair eng_Latn-deu_Latn offered_sentences": 9.0,
+        "pair eng_Latn-deu_Latn offered_chars": 9.0 * len("word"),
+        "pair eng_Latn-deu_Latn finished_chars": 3.0 * len("word"),
+        "pair eng_Latn-deu_Latn source_tokens": 3.0 * 3,
+        "pair eng_Latn-deu_Latn target_tokens": 3.0 * 3,
+    }
     replica._thread.stop(drain_s=0.1)

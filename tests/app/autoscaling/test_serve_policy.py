@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray.cloudpickle as cloudpickle
+from ray.serve._private.common import TimeStampedValue
 from ray.serve.autoscaling_policy import _apply_app_level_autoscaling_config
 from ray.serve.config import AutoscalingPolicy
 
 from app.autoscaling import publish
-from app.autoscaling.decision_log import verify
+from app.autoscaling.decision_log import read_log, verify
+from app.autoscaling.feed import OFFERED
 from app.autoscaling.planner import PoolPlan
 from app.autoscaling.serve_policy import FleetAutoscaler
 from app.autoscaling.settings import POLICY_PATH
+from app.cost.profile import Birth, Profile
 from tests.app.autoscaling.contexts import FakePool
 from tests.app.test_imports import loaded_by
 
@@ -37,7 +41,7 @@ SETTINGS: dict[str, Any] = {
 class Controller:
     """Calls the policy as Serve's controller does and carries its targets out at once."""
 
-    def __init__(self, pools: list[FakePool], **settings: Any) -> None:
+    def __init__(self, pools: list[FakePool], /, **settings: Any) -> None:
         self.pools = pools
         self.published: list[dict[str, PoolPlan]] = []
         raw = FleetAutoscaler(**{**SETTINGS, **settings})
@@ -116,6 +120,67 @@ def test_follows_the_load_up_and_down_and_replays_bit_for_bit(controller: Callab
     verdict = verify(tmp_path / "log")
     assert verdict.num_decisions > 10
     assert verdict.num_different == 0
+
+
+class TalkingPool(FakePool):
+    """Its replicas also count one pair: characters and tokens of every sentence, `length` source tokens each."""
+
+    length = 20.0
+
+    def series(self) -> Mapping[str, Any]:
+        found = dict(super().series())
+        per_sentence = {
+            "offered_sentences": 1.0,
+            "offered_chars": 80.0,
+            "finished_chars": 80.0,
+            "source_tokens": self.length,
+            "target_tokens": self.length,
+        }
+        for name, each in per_sentence.items():
+            found[f"pair eng_Latn-deu_Latn {name}"] = {
+                replica: [TimeStampedValue(point.timestamp, point.value * each) for point in points]
+                for replica, points in found[OFFERED].items()
+            }
+        return found
+
+
+def test_a_profile_and_the_lengths_seen_set_the_count_and_the_log_needs_neither(
+    controller: Callable[..., Controller], tmp_path: Path
+) -> None:
+    """60-token sentences where 20 were expected: more replicas than the start's capacity asks for; decided again from the
+    log alone, after the profile is gone.
+    """
+    path = tmp_path / "profile.json"
+    measured = Profile("d", "m", "w8a16", 4, False, 0.01, 1e-4, 0.0, 0.004, 1e-4, 60.0, 1e9, 32, Birth("", "", "", ""), {})
+    measured.save(path)
+    expected, real = (measured.capacity_per_s(n, n, 1.0) for n in (20, 60))
+    a = TalkingPool("a", time.time(), maximum=40)
+    a.length, a.rate_per_s = 60.0, 0.9 * expected
+    assert real < 0.4 * expected
+    pools = {"a": {"profile": str(path), "startup_s": 60, "source_tokens": 20, "target_tokens": 20}}
+    serve = controller(a, pools=pools, log_path=str(tmp_path / "log"), lengths_path=str(tmp_path / "lengths.json"))
+    wanted = math.ceil(a.rate_per_s / real)
+    serve.until(lambda: a.target >= wanted, timeout_s=40)
+    path.unlink()
+    verdict = verify(tmp_path / "log")
+    assert verdict.num_decisions > 3
+    assert verdict.num_different == 0
+    capacities = {tuple(record["capacity"]) for record in read_log(tmp_path / "log")[1]}
+    assert (expected / 100,) in capacities
+    assert min(capacities)[0] * 100 == pytest.approx(real, rel=0.02)
+
+
+def test_a_profile_that_cannot_be_read_is_said_and_counts_stay(
+    controller: Callable[..., Controller], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(publish.Publisher, "_put", lambda self, value: said.append(value))
+    a = pool("a", running=4, target=4)
+    pools = {"a": {"profile": str(tmp_path / "gone.json"), "startup_s": 60, "source_tokens": 20, "target_tokens": 20}}
+    serve = controller(a, pools=pools)
+    serve.until(lambda: bool(said))
+    assert "gone.json" in said[0]["broken"]
+    assert a.target == 4
 
 
 def test_edits_by_hand_are_undone_and_new_limits_obeyed(controller: Callable[..., Controller]) -> None:

@@ -146,6 +146,24 @@ def test_bad_pools_name_the_field(tmp_path: Path) -> None:
         PoolDemand("x", 2, 1, 0, 1, 1)
 
 
+def test_a_pool_of_few_experts_needs_fewer_replicas(tmp_path: Path) -> None:
+    pytest.importorskip("highspy")
+    path, catalogue = tmp_path / "pools.yaml", price_catalogue()
+    profile = Profile.load(Path(str(resources.files("app.cost") / "data" / "profile_nllb54b_w4a16_beam4_h200.json")))
+    pool = "{name: p, peak_per_s: 9000, mean_per_s: 6000, source_chars: 110, source_tokens: 28, target_tokens: 30"
+    costs = []
+    for experts in ("}", ", experts_used: 128, num_experts: 128}", ", experts_used: 32, num_experts: 128}"):
+        path.write_text(f"[{pool}{experts}]")
+        plan = make_plan(read_pools(path), catalogue.offers, {"H200": profile}, PlanRules(), catalogue)
+        costs.append(plan.solved.usd_per_hour)
+    assert costs[1] == costs[0]
+    assert costs[2] < 0.75 * costs[0]
+    for experts, message in ((", experts_used: 9}", "or neither"), (", experts_used: 1, num_experts: 128}", "at least 2")):
+        path.write_text(f"[{pool}{experts}]")
+        with pytest.raises(PlanError, match=message):
+            read_pools(path)
+
+
 def test_the_papers_table_is_reproduced_and_its_claim_split() -> None:
     paper = paper_table()
     for row in paper.rows:
