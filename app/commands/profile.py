@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=120,
         metavar="N",
-        help="long sentences of a live run, three times as many short ones (%(default)s)",
+        help="long sentences of a live run at beam 4; more of short ones and at beam 1 (%(default)s)",
     )
     parser.add_argument(
         "--cpu-time", action="store_true", help="count CPU time instead of wall time: for a machine in use, cpu, one thread"
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         if args.shape:
             raise CommandError("--validate translates sentences, which a random model cannot; leave --shape out")
         from app.capacity_check import check_capacity
-        from app.engine_timing import CpuClock, WallClock
+        from app.clocks import CpuClock, WallClock
 
         clock = CpuClock() if args.cpu_time else WallClock()
         report = check_capacity(checkpoint, config, args.validate_rounds, args.validate_sentences, clock)
@@ -100,18 +100,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _profile_checkpoint(args: argparse.Namespace, checkpoint: Path, config: EngineConfig) -> Profile:
+    from app.clocks import CpuClock, WallClock
     from app.engine_profile import device_name, fit_profile, host_seconds, start_up_seconds
-    from app.engine_timing import CpuClock, EngineTimer, WallClock
+    from app.engine_timing import EngineTimer
     from engine.device_runner import load_runner
     from engine.tokenizer import Tokenizer
 
     startup_s = start_up_seconds(checkpoint, config)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     languages = (tokenizer.languages[0], tokenizer.languages[-1])
-    host_s = host_seconds(tokenizer, ["The file could not be saved because the disk is full."] * 200, languages)
     clock = CpuClock() if args.cpu_time else WallClock()
     model = ModelConfig.from_checkpoint(checkpoint)
-    timer = EngineTimer(load_runner(checkpoint, config), model, config, args.beam_size, clock)
+    timer = EngineTimer(load_runner(checkpoint, config), model, config, args.beam_size, clock, tokenizer)
+    host_s = 0.0  # on a CPU the timings hold it
+    if timer.on_gpu:
+        host_s = host_seconds(tokenizer, ["The file could not be saved because the disk is full."] * 200, languages, clock)
     return fit_profile(
         _measure(timer, args.rounds),
         device=args.name or device_name(args.device),
@@ -160,12 +163,11 @@ def _measure(timer: EngineTimer, rounds: int) -> list[Timing]:
 
     num_steps = _STEPS_OF_A_LOAD["cuda" if timer.on_gpu else "cpu"]
     kept: list[Timing] = []
-    with tqdm(total=(rounds + 1) * timer.num_loads, unit="load", desc="profile", disable=None) as bar:
+    with tqdm(total=(rounds + 1) * timer.num_parts(num_steps), unit="part", desc="profile", disable=None) as bar:
         for index in range(rounds + 1):
             for timings in timer.measure(num_steps):
                 kept += timings if index else []
                 bar.update()
-            bar.update((index + 1) * timer.num_loads - bar.n)
     return kept
 
 
@@ -175,6 +177,7 @@ def _summary(profile: Profile) -> str:
     units = {"a0_s": "per encoder pass", "a1_s": "per source token", "a2_s": "per source token and token of its sentence"}
     units |= {"tau0_s": "per decode step", "alpha_s": "per live row in it", "beta_s": "per target token read"}
     units |= {"gamma_s": "per source token read", "host_s": "per sentence outside passes and steps"}
+    units |= {"ending_s": "per decode step in which sentences end"}
     for name, unit in units.items():
         lines.append(f"  {getattr(profile, name) * 1e6:>10.2f} us +- {profile.errors[name] * 1e6:<8.2f} {unit}")
     lines += [f"  step of {rows:>5.0f} rows {seconds * 1e3:>9.3f} ms, caches empty" for rows, seconds in profile.step_points]

@@ -47,17 +47,19 @@ def replay_engine(profile: Profile, config: EngineConfig, sentences: Sentences, 
             request = TranslationRequest(str(arrived), "", "", "", search)
             source = np.zeros(int(sentences.source_tokens[arrived]), np.int32)
             scheduler.submit(GenerationState(request, source, 0, 2))
-            now += profile.host_s
             arrived += 1
         if not scheduler.num_waiting and not running.decoding:
             now = max(now, float(arrival_s[arrived]))
             continue
         if admitted := scheduler.admit():
             now += profile.encode_s(np.array([len(state.source_token_ids) for state in admitted], np.float64))
+            now += profile.host_s * len(admitted)
             for state in admitted:
                 running.start(state)
         now += running.step_s()
-        for sentence, slot in running.step():
+        ended = running.step()
+        now += profile.ending_s if ended else 0.0
+        for sentence, slot in ended:
             scheduler.finish(slot)
             latency[sentence] = now - arrival_s[sentence]
             num_done += 1

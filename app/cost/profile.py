@@ -6,11 +6,13 @@ Legend: s source tokens, t target tokens, b beam size, B sentences in a batch, R
     step(R, C, S) = tau0 + alpha R + beta C + gamma S   one decode step of all live rows, which read C cached target tokens
                                                         and S cached source tokens
     host          per sentence: tokenizing, starting, ending, detokenizing
+    ending        per decode step in which sentences end, however many
 
 What a step reads depends on the engine (`cells_read`): the kernels read what is cached; plain torch reads for every row as
-much as for the longest. A line is the small truth about a decode step; the points it was fitted to are kept, and `step_s`
-follows them. In closed form a replica is a batch server (app.cost.queueing) with a fixed part a0 + t tau0 and a part per
-sentence: host + s (a1 + a2 s) + t (b (alpha + beta t / 2) + gamma s), without the half where rows are read alike.
+much as for the longest. Lines are the small truth; passes and steps bend (few rows touch few experts, much that is read does
+not fit a cache), so points on their curves are kept, and the seconds follow them. In closed form a replica is a batch server
+(app.cost.queueing) with a fixed part a0 + t tau0 and a part per sentence: host + ending + s (a1 + a2 s) + t (b (alpha +
+beta t / 2) + gamma s), without the half where rows are read alike; there each sentence is taken to end alone.
 """
 
 from __future__ import annotations
@@ -37,9 +39,10 @@ from engine.accounting import (
 from engine.config import ModelConfig
 
 VERSION = 3
-PARAMETERS = ("a0_s", "a1_s", "a2_s", "tau0_s", "alpha_s", "beta_s", "gamma_s", "host_s")
-# Shares of a peak that a tuned engine reaches, and the fixed costs around it: assumptions of every estimate, printed with
-# it.
+PARAMETERS = ("a0_s", "a1_s", "a2_s", "tau0_s", "alpha_s", "beta_s", "gamma_s", "host_s", "ending_s")
+_NEWER = {"ending_s", "pass_points", "read_points"}  # files of this version may lack them
+Points = tuple[tuple[float, float], ...]
+# Shares of a peak that a tuned engine reaches, and fixed costs: assumptions of every estimate, printed with it.
 _BANDWIDTH_SHARE, _FLOPS_SHARE = 0.6, 0.4
 _LAUNCH_S_PER_LAYER = 25e-6
 _LOAD_BYTES_PER_S, _PROCESS_START_S = 1.0e9, 25.0
@@ -67,8 +70,9 @@ class Profile:
 
     startup_s from order to serving; memory_bytes weights, cache and work space; max_batch sentences at once. estimated is
     True for a roofline that nobody has measured. step_points: (live rows, seconds of a decode step with empty caches), rows
-    rising; beta_s, gamma_s: per target and source token read; length_step: see `cells_read`; host_s: what a sentence costs
-    the engine's thread outside passes and steps.
+    rising; read_points: (target tokens read, seconds more); pass_points: (source tokens, seconds of an encoder pass but for
+    a2_s and host_s); beta_s, gamma_s: per target and source token read; length_step: see `cells_read`; host_s: what a
+    sentence costs the engine's thread outside passes and steps; ending_s: what a step costs more when sentences end with it.
     """
 
     device: str
@@ -86,31 +90,36 @@ class Profile:
     max_batch: int
     born: Birth
     errors: dict[str, float]
-    step_points: tuple[tuple[float, float], ...] = ()
+    step_points: Points = ()
     host_s: float = 0.0
     beta_s: float = 0.0
     gamma_s: float = 0.0
     length_step: int = 0
+    ending_s: float = 0.0
+    pass_points: Points = ()
+    read_points: Points = ()
     version: int = VERSION
 
     def __post_init__(self) -> None:
+        owner = f"profile of {self.model} on {self.device}"
         for name in (*PARAMETERS, "startup_s", "memory_bytes", "length_step"):
             if not getattr(self, name) >= 0:
-                raise ProfileError(
-                    f"profile of {self.model} on {self.device}: {name} is {getattr(self, name)}; it cannot be negative"
-                )
+                raise ProfileError(f"{owner}: {name} is {getattr(self, name)}; it cannot be negative")
         if self.max_batch < 1 or self.beam_size < 1:
-            raise ProfileError(f"profile of {self.model} on {self.device}: max_batch and beam_size must be positive")
+            raise ProfileError(f"{owner}: max_batch and beam_size must be positive")
 
     def encode_s(self, source_tokens: Floats) -> float:
         """Seconds of one packed encoder pass over sentences of these lengths, float64[B]."""
-        return float(self.a0_s + self.a1_s * source_tokens.sum() + self.a2_s * (source_tokens**2).sum())
+        tokens = float(source_tokens.sum())
+        packed = _along(self.pass_points, tokens) if self.pass_points else self.a0_s + self.a1_s * tokens
+        return packed + self.a2_s * float((source_tokens**2).sum())
 
     def step_s(self, rows: float, target_cells: float = 0.0, source_cells: float = 0.0) -> float:
         """Seconds of a decode step of so many live rows that read so many cached tokens together (`cells_read`): between the
         points measured, else by the line.
         """
-        reading = self.beta_s * target_cells + self.gamma_s * source_cells
+        reading = _along(self.read_points, target_cells) if self.read_points else self.beta_s * target_cells
+        reading += self.gamma_s * source_cells
         if not self.step_points or rows > self.step_points[-1][0]:
             return self.tau0_s + self.alpha_s * rows + reading
         sizes, seconds = np.array(self.step_points).T
@@ -123,7 +132,7 @@ class Profile:
         row_s = self.alpha_s + self.beta_s * read
         decode_s = target_tokens * (self.beam_size * row_s + self.gamma_s * source_tokens)
         encode_s = source_tokens * (self.a1_s + self.a2_s * source_tokens)
-        return BatchService(fixed, self.host_s + encode_s + decode_s, self.max_batch)
+        return BatchService(fixed, self.host_s + self.ending_s + encode_s + decode_s, self.max_batch)
 
     def capacity_per_s(self, source_tokens: float, target_tokens: float, slo_s: float, arrival_cv2: float = 1.0) -> float:
         """Sentences per second within a p99 of slo_s; 0 when one sentence alone takes longer."""
@@ -142,12 +151,19 @@ class Profile:
                 f"{path}: version {raw.get('version')!r}; this program reads version {VERSION}: measure again"
             )
         known = {field.name for field in fields(cls)}
-        if missing := sorted(known - raw.keys()):
+        if missing := sorted(known - _NEWER - raw.keys()):
             raise ProfileError(f"{path}: {', '.join(missing)} missing; measure again")
         if unknown := sorted(raw.keys() - known):
             raise ProfileError(f"{path}: unknown {', '.join(unknown)}; remove them or measure again")
-        points = tuple((float(rows), float(seconds)) for rows, seconds in raw["step_points"])
-        return cls(**{**raw, "born": Birth(**raw["born"]), "step_points": points})
+        names = ("step_points", "pass_points", "read_points")
+        points = {name: tuple((float(size), float(seconds)) for size, seconds in raw.get(name, ())) for name in names}
+        return cls(**{**raw, "born": Birth(**raw["born"]), **points})
+
+
+def _along(points: Points, size: float) -> float:
+    """Seconds between two points, or in proportion beyond the last."""
+    sizes, seconds = np.array(points).T
+    return float(np.interp(size, sizes, seconds)) * max(1.0, size / float(sizes[-1]))
 
 
 def cells_read(count: int, total: float, longest: float, length_step: int) -> float:
@@ -200,7 +216,7 @@ def _fit_weighted(design: Floats, seconds: Floats, scale: Floats) -> tuple[Float
     noise = ((used @ solution - aim) ** 2).sum() / (num_timings - len(kept))
     coefficients, errors = np.zeros(num_costs), np.zeros(num_costs)
     coefficients[kept] = np.maximum(solution, 0.0)
-    errors[kept] = np.sqrt(np.diag(np.linalg.pinv(used.T @ used)) * noise)
+    errors[kept] = np.sqrt(np.maximum(np.diag(np.linalg.pinv(used.T @ used)), 0.0) * noise)
     return coefficients / size, errors / size
 
 
@@ -214,9 +230,8 @@ def roofline_profile(
 ) -> Profile:
     """An estimate from bytes and FLOPs; raises ProfileError when the weights do not fit the device.
 
-    A decode step reads the dense weights and the experts its rows touch, or computes, whichever takes longer, at fixed
-    shares of the peaks; a line through it over the rows gives tau0 and alpha. An encoder pass reads all weights once and
-    computes per token.
+    A decode step reads the dense weights and the experts its rows touch, or computes, whichever takes longer; a line through
+    it over the rows gives tau0 and alpha. An encoder pass reads all weights once and computes per token.
     """
     weights = float(model_bytes(config, precision))
     if weights > 0.9 * device.memory_bytes:

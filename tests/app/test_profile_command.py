@@ -1,4 +1,4 @@
-"""`babelephant profile` on a tiny model and on random weights, and the capacity check's live runs."""
+"""`babelephant profile` on a tiny model and on random weights, and the report of the capacity check."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.capacity_check import CapacityReport, Cell, CellResult, run_live
+from app.capacity_check import CapacityReport, CellResult
 from app.cli import main
+from app.clocks import CpuClock
 from app.cost.profile import Profile
-from app.engine_timing import LENGTH_STEP, CpuClock, EngineTimer
+from app.engine_timing import LENGTH_STEP, EngineTimer
+from app.live_run import Cell
 from engine.config import EngineConfig, ModelConfig
 from engine.kv_cache import LENGTH_STEP as CACHE_STEP
 from engine.runner import Runner
-from engine.translator import Translator
 from tests.engine.tiny import make_tiny_checkpoint
 from tests.engine.tiny_tokenizer import write_tiny_tokenizer
 
@@ -53,8 +54,8 @@ def test_what_is_timed_is_what_the_engine_did(checkpoint: Path) -> None:
     config = EngineConfig(precision="fp32", max_rows=6, max_source_slots=3)
     runner = Runner.load(checkpoint, config)
     timer = EngineTimer(runner, ModelConfig.from_checkpoint(checkpoint), config, 2, CpuClock())
-    seen_rows, seen_cells, seen_passes = [], [], []
-    inputs, encode = runner._search.inputs, runner.encode
+    seen_rows, seen_cells, seen_passes, seen_ended = [], [], [], []
+    inputs, encode, advance = runner._search.inputs, runner.encode, runner._search.advance
 
     def watched_inputs() -> object:
         given = inputs()
@@ -68,14 +69,55 @@ def test_what_is_timed_is_what_the_engine_did(checkpoint: Path) -> None:
         seen_passes.append(tuple(np.diff(batch.source_offsets).tolist()))  # type: ignore[attr-defined]
         encode(batch)  # type: ignore[arg-type]
 
+    def watched_advance(logits: object) -> object:
+        ended = advance(logits)  # type: ignore[arg-type]
+        seen_ended.append(len(ended))
+        return ended
+
     runner._search.inputs, runner.encode = watched_inputs, watched_encode  # type: ignore[method-assign, assignment]
+    runner._search.advance = watched_advance  # type: ignore[method-assign, assignment]
     timings = [timing for load in timer.measure(12) for timing in load]
-    assert [timing.rows for timing in timings] == [(rows,) for rows in seen_rows]
-    assert [timing.target_cells for timing in timings] == seen_cells
-    assert [lengths for timing in timings for lengths in timing.passes] == seen_passes
+    steps = [timing for timing in timings if timing.rows]
+    assert [timing.rows for timing in steps] == [(rows,) for rows in seen_rows]
+    assert [timing.target_cells for timing in steps] == [(cells,) for cells in seen_cells]
+    assert [timing.num_ended for timing in steps] == seen_ended
+    passes = [timing for timing in timings if not timing.rows]
+    assert [timing.passes for timing in passes] == [(lengths,) for lengths in seen_passes]
+    assert sum(timing.num_started for timing in steps) == sum(map(len, seen_passes)) >= sum(seen_ended) > 0
     assert set(seen_rows) == {2, 4, 6}
     assert max(seen_cells) > 16 * 6
     assert all(timing.seconds > 0 for timing in timings)
+
+
+class SlowTokenizer:
+    """Takes a second to encode a text and ten to decode one."""
+
+    languages = ("eng_Latn",)
+
+    def __init__(self, clock: CpuClock) -> None:
+        self.clock, self.num_words = clock, []
+
+    def encode(self, text: str, src_lang: str) -> None:
+        assert src_lang == "eng_Latn"
+        self.num_words.append(len(text.split()))
+        self.clock.wait(1.0)
+
+    def decode(self, token_ids: object) -> str:
+        self.clock.wait(10.0)
+        return "x"
+
+
+def test_tokenizing_is_in_the_timings_of_steps(checkpoint: Path) -> None:
+    config, clock = EngineConfig(precision="fp32", max_rows=6, max_source_slots=3), CpuClock()
+    tokenizer = SlowTokenizer(clock)
+    runner = Runner.load(checkpoint, config)
+    timer = EngineTimer(runner, ModelConfig.from_checkpoint(checkpoint), config, 2, clock, tokenizer)  # type: ignore[arg-type]
+    timings = [timing for part in timer.measure(12) for timing in part]
+    assert sum(timing.num_ended for timing in timings) > 5
+    for timing in timings:
+        assert 0 < timing.seconds - timing.num_started - 10 * timing.num_ended < 0.9
+    lengths = [length for timing in timings for each in timing.passes for length in each]
+    assert sorted(tokenizer.num_words) == sorted(lengths)
 
 
 def test_a_fault_while_timing_is_not_a_timing(checkpoint: Path) -> None:
@@ -102,35 +144,14 @@ def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "random model" in capsys.readouterr().err
 
 
-def test_live_latency_counts_from_the_intended_instant(checkpoint: Path) -> None:
-    translator = Translator.load(checkpoint, EngineConfig(precision="fp32", max_rows=2))
-    cell = Cell("eng_Latn", "fra_Latn", "short", 2)
-    latency = run_live(translator, ["hello"] * 3, cell, np.array([0.0, 0.0, 500.0]), CpuClock())
-    assert np.isfinite(latency).all()
-    assert latency[1] > latency[0]  # one sentence's beams fill the engine
-    assert latency[2] < 100  # the idle time before it is not its own
-
-
-def test_turns_do_not_count_in_a_live_run(checkpoint: Path) -> None:
-    translator = Translator.load(checkpoint, EngineConfig(precision="fp32", max_rows=2))
-    cell = Cell("eng_Latn", "fra_Latn", "short", 2)
-    turns = []
-
-    def turn(clock: object) -> None:
-        turns.append(clock.now())  # type: ignore[attr-defined]
-        clock.wait(1000.0)  # type: ignore[attr-defined]
-
-    clock = CpuClock()
-    latency = run_live(translator, ["hello"] * 3, cell, np.array([0.0, 5.0, 10.0]), clock, turn)
-    assert len(turns) >= 2
-    assert latency.max() < 100
-    assert clock.now() > 1000
-
-
 def test_the_report_judges_medians() -> None:
-    cell = Cell("a", "b", "short", 1)
-    good = CellResult(cell, p99=[0.5, 1.1, 1.12], rate=[1.0, 1.05, 2.0], live_p99_s=[1.0], live_rate_per_s=[2.0])
-    bad = CellResult(cell, p99=[1.2, 1.2, 1.0], rate=[1.0], live_p99_s=[1.0], live_rate_per_s=[2.0])
-    assert good.passed
-    assert not CapacityReport((good, bad)).passed
-    assert "1 of 2 cells" in CapacityReport((good, bad)).table()
+    cell, live = Cell("a", "b", "short", 1), {"live_p99_s": [1.0], "live_rate_per_s": [2.0]}
+    good = CellResult(cell, p99=[0.5, 1.1, 1.12], rate=[1.0, 1.05, 2.0], steady_p99=[1.2], steady_rate=[1.0], **live)
+    bad = CellResult(cell, p99=[1.2, 1.2, 1.0], rate=[1.0], steady_p99=[1.0], steady_rate=[1.2], **live)
+    slow = CellResult(cell, p99=[1.0], rate=[0.89, 0.89, 1.0], steady_p99=[0.86], steady_rate=[0.91], **live)
+    assert [result.passed for result in (good, bad, slow)] == [True, False, False]
+    table = CapacityReport((good, bad, slow)).table()
+    assert not CapacityReport((good, bad, slow)).passed
+    assert CapacityReport((good,)).passed
+    assert "1 of 3 cells" in table
+    assert "\n1 if the machine" in table

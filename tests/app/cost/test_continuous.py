@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from app.clocks import CpuClock
 from app.cost.continuous import Sentences, max_rate_per_s, replay_engine
 from app.cost.profile import PARAMETERS, Birth, Profile, ProfileError, cells_read, fit_costs
 from app.engine_profile import fit_profile
-from app.engine_timing import CpuClock, Timing
+from app.engine_timing import Timing
 from engine.config import EngineConfig
 
 CONFIG = EngineConfig(precision="w8a16", max_rows=8, max_source_slots=4)
@@ -63,6 +67,13 @@ def test_an_engine_that_pads_reads_as_much_for_all_as_for_the_longest() -> None:
     np.testing.assert_allclose(latency, 0.01 + 16 * 0.001 + 2 * step)
 
 
+def test_a_step_in_which_sentences_end_takes_longer_however_many() -> None:
+    sentences = Sentences(np.array([5, 5, 5]), np.array([2, 2, 3]))
+    plain = replay_engine(profile(), CONFIG, sentences, np.zeros(3))
+    latency = replay_engine(profile(ending_s=0.5), CONFIG, sentences, np.zeros(3))
+    np.testing.assert_allclose(latency - plain, [0.5, 0.5, 1.0])
+
+
 def test_a_late_sentence_joins_between_two_steps() -> None:
     sentences = Sentences(np.array([5, 5]), np.array([10, 1]))
     latency = replay_engine(profile(beta_s=0.0, gamma_s=0.0), CONFIG, sentences, np.array([0.0, 0.02]))
@@ -89,21 +100,38 @@ def test_bad_sentences_are_refused() -> None:
 
 
 def made_up_timings(truth: dict[str, float], noise: float, group: int = 1) -> list[Timing]:
+    """Of `group` steps each; single ones have their encoder passes timed apart, and show what starts and ends in them."""
     rng = np.random.default_rng(1)
     timings = []
     for _ in range(1200 // group):
         rows = rng.choice([4, 8, 20, 64, 128], group)
         passes = tuple(tuple(rng.integers(3, 60, rng.integers(1, 9)).tolist()) for _ in range(group) if rng.random() < 0.4)
-        target_cells, source_cells = (
-            float((rows * rng.integers(2, 60, group)).sum()),
-            float(rows.sum() * rng.integers(2, 12)),
-        )
+        cells = (rows * rng.integers(2, 60, group)).astype(np.float64)
+        source_cells = float(rows.sum() * rng.integers(2, 12))
         seconds = truth["tau0_s"] * group + truth["alpha_s"] * rows.sum()
-        seconds += truth["beta_s"] * target_cells + truth["gamma_s"] * source_cells
+        seconds += truth["beta_s"] * cells.sum() + truth["gamma_s"] * source_cells
+        pass_s, count = 0.0, sum(map(len, passes))
         for lengths in passes:
-            seconds += truth["a0_s"] + truth["a1_s"] * sum(lengths) + truth["a2_s"] * sum(s * s for s in lengths)
-            seconds += truth["host_s"] * len(lengths)
-        timings.append(Timing(tuple(rows.tolist()), target_cells, source_cells, passes, seconds * rng.lognormal(0, noise)))
+            pass_s += truth["a0_s"] + truth["a1_s"] * sum(lengths) + truth["a2_s"] * sum(s * s for s in lengths)
+        pass_s += truth["host_s"] * count
+        if group == 1:
+            num_ended = int(rng.choice([0, 1, 5]))
+            seconds += 0.0004 * num_ended + 0.0007 * (num_ended > 0) + 0.0003 * count + 0.002 * len(passes)
+            if passes:
+                timings.append(Timing((), (), 0.0, passes, pass_s * rng.lognormal(0, noise)))
+            step = Timing(
+                tuple(rows.tolist()),
+                tuple(cells.tolist()),
+                source_cells,
+                (),
+                seconds * rng.lognormal(0, noise),
+                count,
+                num_ended,
+            )
+        else:
+            seconds = (seconds + pass_s) * rng.lognormal(0, noise)
+            step = Timing(tuple(rows.tolist()), tuple(cells.tolist()), source_cells, passes, seconds)
+        timings.append(step)
     return timings
 
 
@@ -123,13 +151,55 @@ def test_a_made_up_engine_is_recovered_from_its_timings(group: int, length_step:
         host_s=0.001,
     )
     truth["host_s"] += 0.001
+    truth["ending_s"] = 0.0
+    if group == 1:
+        truth["ending_s"] = 0.0007
+        truth["host_s"] += 0.0003 + 0.0004
+        truth["a0_s"] += 0.002
     for name in PARAMETERS:
         assert abs(getattr(found, name) - truth[name]) < 4 * found.errors[name] + 1e-9, name
         assert found.errors[name] < truth[name] + 1e-9, name
     assert (found.max_batch, found.length_step) == (32, length_step)
     assert found.step_s(64, 64 * 20, 64 * 6) == pytest.approx(0.003 + 64e-4 + 3e-6 * 64 * 20 + 2e-6 * 64 * 6, rel=0.03)
+    passes = pytest.approx(truth["a0_s"] + 50 * 8e-5 + 1300 * 2e-6, rel=0.05 if group == 1 else 0.15)
+    assert found.encode_s(np.array([20.0, 30.0])) == passes
+    assert found.encode_s(np.full(16, 50.0)) == pytest.approx(truth["a0_s"] + 800 * 8e-5 + 40000 * 2e-6, rel=0.1)  # beyond
     assert found.step_s(40) == pytest.approx(0.003 + 40e-4, rel=0.05)  # between two points
     assert found.step_s(256) == pytest.approx(0.003 + 256e-4, rel=0.05)  # beyond the last
+
+
+def test_reading_that_spills_out_of_a_cache_and_small_passes_are_followed() -> None:
+    """Twice as dear beyond 2048 cells; passes of fewer than 16 tokens touch fewer experts."""
+    rng = np.random.default_rng(2)
+    timings = []
+
+    def step_s(rows: int, cells: float) -> float:
+        return 0.003 + 1e-4 * rows + 3e-6 * cells + 3e-6 * max(0.0, cells - 2048)
+
+    def pass_s(tokens: int) -> float:
+        return 0.004 + 2e-4 * min(tokens, 16) + 5e-5 * tokens
+
+    for _ in range(2000):
+        rows, lengths = int(rng.choice([4, 16, 64, 128])), rng.integers(4, 40, int(rng.integers(1, 17)))
+        cells = float(rows * rng.choice([16, 32, 48, 64]))
+        timings.append(Timing((rows,), (cells,), 0.0, (), step_s(rows, cells) * rng.lognormal(0, 0.02)))
+        seconds = (pass_s(lengths.sum()) + 2e-4 * len(lengths)) * rng.lognormal(0, 0.02)
+        timings.append(Timing((), (), 0.0, (tuple(lengths.tolist()),), seconds))
+    found = fit_profile(
+        timings,
+        device="d",
+        model="m",
+        config=EngineConfig(precision="w8a16"),
+        beam_size=4,
+        length_step=16,
+        startup_s=1.0,
+        host_s=0.0,
+    )
+    for rows, cells in ((64, 1024), (64, 2048), (128, 2048), (128, 4096), (128, 8192), (16, 256)):
+        assert found.step_s(rows, cells) == pytest.approx(step_s(rows, cells), rel=0.02)
+    for lengths in ([4.0], [16.0], [30.0, 34.0], [32.0] * 8):
+        seconds = found.encode_s(np.array(lengths)) + len(lengths) * found.host_s
+        assert seconds == pytest.approx(pass_s(int(sum(lengths))) + 2e-4 * len(lengths), rel=0.03)
 
 
 def test_noise_does_not_make_an_engine_look_faster() -> None:
@@ -149,6 +219,20 @@ def test_costs_are_never_negative() -> None:
     assert errors[coefficients == 0].max() == 0
     with pytest.raises(ProfileError, match="sizes"):
         fit_costs(np.ones((5, 2)), np.ones(5))
+
+
+def test_a_profile_from_before_endings_were_measured_still_loads(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    profile(ending_s=0.001).save(path)
+    assert Profile.load(path).ending_s == 0.001
+    raw = json.loads(path.read_text())
+    del raw["ending_s"]
+    path.write_text(json.dumps(raw))
+    assert Profile.load(path) == profile()
+    del raw["host_s"]
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ProfileError, match="host_s missing"):
+        Profile.load(path)
 
 
 def test_waiting_costs_no_cpu_time() -> None:
