@@ -37,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", default="L4", metavar="NAME", help="GPU whose on-demand price is billed; default L4")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the arrivals; default 0")
     parser.add_argument("--baselines", action="store_true", help="also tune and judge other policies (minutes)")
+    parser.add_argument(
+        "--service-time",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="mean seconds a request is in service, which Ray Serve's own rule counts (with --baselines); default 0.5",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write load and replicas as PNG (needs matplotlib)")
 
 
@@ -57,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
             f"--tune-days {tune_days}: the trace has {days} whole days; leave at least one to judge and one to tune on"
         )
     offer = price_catalogue().offer(args.gpu)
-    experiment = Experiment(trace, args.startup, args.capacity, args.queue, args.goal, tune_days, args.seed)
+    experiment = Experiment(
+        trace, args.startup, args.capacity, args.queue, args.goal, tune_days, args.seed, args.service_time
+    )
     report = run_experiment(experiment, offer, baselines=args.baselines)
     print(report.text)
     if args.plot:

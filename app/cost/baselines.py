@@ -133,34 +133,27 @@ class Baseline:
 
 _SCALES = np.arange(1.0, 1.81, 0.02).tolist()
 _TARGETS = np.arange(0.3, 1.0, 0.05).tolist()
-_SERVICE_S = [0.5]
-BASELINES = (
-    Baseline("static peak", Static, {"replicas": range(8, 45)}),
-    Baseline(
-        "Ray Serve, default delays, no cap",
-        RayServe,
-        {"target": _TARGETS, "max_replicas": [1e6], "up_s": [30], "down_s": [600], "service_s": _SERVICE_S},
-    ),
-    Baseline(
-        "Ray Serve, tuned, no cap",
-        RayServe,
-        {"target": _TARGETS, "max_replicas": [1e6], "up_s": [0, 30], "down_s": [60, 300, 600], "service_s": _SERVICE_S},
-    ),
-    Baseline(
-        "Ray Serve, tuned on everything",
-        RayServe,
-        {
-            "target": _TARGETS,
-            "max_replicas": [20, 25, 28, 31, 35],
-            "up_s": [0, 30],
-            "down_s": [60, 300, 600],
-            "service_s": _SERVICE_S,
-        },
-    ),
-    Baseline("HPA utilisation", UtilisationTarget, {"target": _TARGETS}),
-    Baseline("last value, 180 s", LastValue, {"scale": _SCALES}),
-    Baseline("maximum of 10 min", RecentMaximum, {"scale": _SCALES}),
-)
+_UNLIMITED = 1e6
+
+
+def baselines(service_s: float) -> tuple[Baseline, ...]:
+    """The policies to compare with. service_s: mean seconds a request is in service, which Ray Serve's rule counts."""
+    ray: dict[str, Sequence[float]] = {
+        "target": _TARGETS,
+        "max_replicas": [_UNLIMITED],
+        "up_s": [0, 30],
+        "down_s": [60, 300, 600],
+        "service_s": [service_s],
+    }
+    return (
+        Baseline("static peak", Static, {"replicas": range(8, 45)}),
+        Baseline("Ray Serve, default delays, no cap", RayServe, ray | {"up_s": [30], "down_s": [600]}),
+        Baseline("Ray Serve, tuned, no cap", RayServe, ray),
+        Baseline("Ray Serve, tuned on everything", RayServe, ray | {"max_replicas": [20, 25, 28, 31, 35]}),
+        Baseline("HPA utilisation", UtilisationTarget, {"target": _TARGETS}),
+        Baseline("last value, 180 s", LastValue, {"scale": _SCALES}),
+        Baseline("maximum of 10 min", RecentMaximum, {"scale": _SCALES}),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +168,16 @@ class BaselineResult:
     hindsight_cost: float | None
 
 
+def best_in_hindsight(baseline: Baseline, arrivals: Ints, spec: JudgeSpec, goal: float) -> float | None:
+    """Replica-seconds of the cheapest setting that keeps the goal over arrivals int64[T]; None if none does."""
+    return _cheapest(_replay_grid(baseline, baseline.settings(), arrivals, spec), goal)
+
+
+def _cheapest(outcome: Outcome, goal: float) -> float | None:
+    best = float(np.where(outcome.pool_attainment >= goal, outcome.replica_seconds, np.inf).min())
+    return best if np.isfinite(best) else None
+
+
 def judge_baseline(
     baseline: Baseline, past: Ints, judged: Ints, spec: JudgeSpec, goal: float, miss_share: float
 ) -> BaselineResult:
@@ -183,9 +186,7 @@ def judge_baseline(
     """
     settings = baseline.settings()
     before, after = (_replay_grid(baseline, settings, arrivals, spec) for arrivals in (past, judged))
-    hindsight = np.where(after.pool_attainment >= goal, after.replica_seconds, np.inf)
-    best = float(hindsight.min())
-    result = BaselineResult(baseline.name, None, None, best if np.isfinite(best) else None)
+    result = BaselineResult(baseline.name, None, None, _cheapest(after, goal))
     tuned = np.where(before.pool_attainment >= 1 - (1 - goal) * miss_share, before.replica_seconds, np.inf)
     if not np.isfinite(tuned.min()):
         return result

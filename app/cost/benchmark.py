@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from app.cost.baselines import baselines, best_in_hindsight
 from app.cost.forecast import DemandForecaster, ForecastOptions, horizon_for
 from app.cost.judge import (
     Clairvoyant,
@@ -146,8 +147,12 @@ def day_block_interval(total: Ints, best: Clairvoyant, spec: JudgeSpec, num_draw
     return float(low), float(high)
 
 
-def judge_group(group: Group, seeds: Sequence[int], note: bool = True) -> dict[str, Judged]:
-    """Tune and judge all scenarios of a group; prints one line per seed and scenario when `note`."""
+def judge_group(
+    group: Group, seeds: Sequence[int], note: bool = True, service_times: Sequence[float] = ()
+) -> dict[str, Judged]:
+    """Tune and judge all scenarios of a group; prints one line per seed and scenario when `note`. service_times: also print
+    what other policies cost, for each mean time in service, in seconds.
+    """
     trace: Trace = _TRACES[group.trace]()
     arrivals = np.stack([trace.arrivals(seed) for seed in seeds], axis=1)
     cut = group.tuned_s // _INTERVAL_S
@@ -171,6 +176,8 @@ def judge_group(group: Group, seeds: Sequence[int], note: bool = True) -> dict[s
             scenario.miss_share,
         )
         judged[scenario.name] = _judge(scenario, spec, arrivals[group.tuned_s :], future, tuned, note)
+        for service_s in service_times:
+            _print_others(scenario, spec, arrivals[group.tuned_s :], judged[scenario.name], service_s)
     return judged
 
 
@@ -190,6 +197,26 @@ def _judge(
         ratio = may_miss.replica_seconds / best[0].replica_seconds
         print(f"{scenario.name}: first seed's plan allowed the same misses (refused) costs {ratio:.3f} of the clairvoyant")
     return result
+
+
+def _print_others(scenario: Scenario, spec: JudgeSpec, arrivals: Ints, ours: Judged, service_s: float) -> None:
+    """One line per policy: its cheapest setting in hindsight that keeps the goal, so at an attainment no better than asked
+    for, and how much cheaper ours is, over the seeds.
+    """
+    best = [clairvoyant_levels(arrivals[:, pool], spec).replica_seconds for pool in range(arrivals.shape[1])]
+    for baseline in baselines(service_s):
+        ratios = [best_in_hindsight(baseline, arrivals[:, pool], spec, scenario.goal) for pool in range(len(best))]
+        line = f"{scenario.name}, {service_s:g} s in service: {baseline.name}"
+        if any(ratio is None for ratio in ratios):
+            print(f"{line} never keeps {scenario.goal:.1%} in some seed", flush=True)
+            continue
+        theirs = np.array(ratios, np.float64) / np.array(best)
+        saved = 1.0 - np.array(ours.cost_ratio) / theirs
+        print(
+            f"{line} {theirs.min():.3f} to {theirs.max():.3f} of the clairvoyant; ours is {saved.min():.1%} to"
+            f" {saved.max():.1%} cheaper",
+            flush=True,
+        )
 
 
 def _print_seed(scenario: Scenario, pool: int, tuned: TunedScale, result: Judged) -> None:
@@ -226,11 +253,25 @@ def replay_pairs(num_pairs: int = 200, interval_s: int = 180) -> str:
     )
 
 
+def _seconds(text: str) -> tuple[float, ...]:
+    times = tuple(float(part) for part in text.split(","))
+    if not all(np.isfinite(one) and one > 0 for one in times):
+        raise argparse.ArgumentTypeError(f"{text!r}: give positive numbers of seconds, such as 0.5,2,5")
+    return times
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0; default 5")
     parser.add_argument("--only", metavar="TEXT", default="", help="only groups with a scenario whose name contains TEXT")
+    parser.add_argument(
+        "--others",
+        metavar="SECONDS",
+        type=_seconds,
+        default=(),
+        help="also judge other policies, each at its best setting in hindsight, for these times in service, such as 0.5,2,5",
+    )
     parser.add_argument("--pairs", action="store_true", help="only time 14 days of 200 pools")
     args = parser.parse_args(argv)
     if args.pairs:
@@ -241,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started, results = time.monotonic(), {}
     for group in GROUPS:
         if any(args.only in scenario.name for scenario in group.scenarios):
-            results.update(judge_group(group, range(args.seeds)))
+            results.update(judge_group(group, range(args.seeds), service_times=args.others))
     print(f"{args.seeds} seeds in {time.monotonic() - started:.0f} s")
     print(json.dumps({name: judged.summary() for name, judged in results.items()}))
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -51,3 +52,23 @@ def test_a_seed_is_judged_the_same_alone_and_among_others(groups: tuple[Group, .
     for name in together:
         assert together[name].cost_ratio[2] == alone[name].cost_ratio[0]
         assert together[name].attainment[2] == alone[name].attainment[0]
+
+
+def test_others_are_printed_with_what_ours_saves(groups: tuple[Group, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    ours = judge_group(groups[0], range(2), note=False)["easy"].cost_ratio
+    assert main(["--seeds", "2", "--others", "0.5,8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    static = [line for line in lines if line.startswith("easy, ") and "static peak" in line]
+    assert len(static) == 2
+    assert static[0].partition("static")[2] == static[1].partition("static")[2]  # it knows no service time
+    low, high, saved, most = (float(found) for found in re.findall(r"([-\d.]+)(?: to| of|% to|% cheaper)", static[0])[:4])
+    assert 100 * (1 - ours[0] / low) == pytest.approx(saved, abs=0.1) or 100 * (1 - ours[1] / low) == pytest.approx(
+        saved, abs=0.1
+    )
+    assert low <= high
+    assert saved <= most
+    uncapped = [line.partition("Ray")[2] for line in lines if line.startswith("easy, ") and "tuned, no cap" in line]
+    assert uncapped[0] != uncapped[1]
+    for wrong in ("0", "-1", "soon", "nan"):
+        with pytest.raises(SystemExit):
+            main(["--others", wrong])

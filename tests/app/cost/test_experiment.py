@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -53,3 +54,39 @@ def test_a_goal_that_no_forecast_keeps_is_refused(monkeypatch: pytest.MonkeyPatc
     trace = Trace("made", 1800, daily(0.02), np.ones(DAYS * WINDOWS))
     with pytest.raises(ValueError, match="try larger"):
         run_experiment(Experiment(trace, 300, None, "fifo", 0.95, 2, 1), OFFER)
+
+
+def test_others_are_judged_at_the_stated_service_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Serve's rule counts ongoing requests: the same backlog is more replicas' worth when each holds few at a time."""
+    monkeypatch.setattr(experiment, "_INTERVAL_S", 60)
+    monkeypatch.setattr(experiment, "_SCALES", np.arange(1.0, 3.0, 0.2))
+    monkeypatch.setattr(
+        experiment, "_BURSTY", replace(experiment._BURSTY, options=ForecastOptions(num_trees=8, min_leaf=50))
+    )
+    trace = Trace("made", 1800, bursty()[: 4 * WINDOWS], np.ones(4 * WINDOWS))
+
+    def lines(service_s: float) -> dict[str, str]:
+        report = run_experiment(Experiment(trace, 60, None, "fifo", 0.9, 2, 1, service_s), OFFER, baselines=True)
+        assert f"{service_s:g} s in service" in report.text
+        assert report.outcome.attainment > 0.9
+        ours = float(report.outcome.replica_seconds[0]) / report.clairvoyant.replica_seconds
+        found = {line[:34].strip(): line for line in report.text.splitlines()}
+        told = re.search(r"\(([\d.]+): this policy is ([\d.]+)% (\w+)\)", found["static peak"])
+        assert told is not None
+        ratio, said, word = told.groups()
+        saved = 1 - ours / float(ratio)
+        assert float(said) == pytest.approx(abs(saved) * 100, abs=0.1)
+        assert word == ("cheaper" if saved >= 0 else "dearer")
+        return found
+
+    short, long = lines(0.5), lines(20.0)
+    uncapped = "Ray Serve, tuned, no cap"
+    assert short[uncapped] != long[uncapped]
+    assert short["last value, 180 s"] == long["last value, 180 s"]
+
+
+def test_a_service_time_that_is_none_is_refused() -> None:
+    trace = Trace("made", 1800, daily(0.02), np.ones(DAYS * WINDOWS))
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="service time"):
+            Experiment(trace, 300, None, "fifo", 0.95, 2, 1, wrong)
