@@ -8,13 +8,20 @@ becomes `train-demo`. Heavy imports go inside `run`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import pkgutil
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+import yaml
+from pydantic import ValidationError
 
 import app.commands
+from app.invalid_fields import invalid_fields
 from app.version import service_version
 
 _DESCRIPTION = """Translation with Mixture-of-Experts models: one command to translate, to serve, to look inside.
@@ -24,6 +31,16 @@ _EPILOG = """examples:
   babelephant translate --from en --to de "Your changes have been saved."
   babelephant serve
   babelephant COMMAND --help          what a command does, with examples"""
+
+# Modules that serving does not need, and the extra of pyproject.toml that brings them.
+EXTRA_OF_MODULE = {
+    "matplotlib": "evaluate",
+    "sacrebleu": "evaluate",
+    "babel": "demo",
+    "polib": "demo",
+    "sentencepiece": "demo",
+    "transformers": "demo",
+}
 
 
 class CommandError(Exception):
@@ -56,19 +73,65 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status. Bad input prints one line and gives 2, Ctrl-C gives 130."""
+    """Run the command line; returns the exit status: 2 with one message for what the caller can mend, 130 for Ctrl-C.
+
+    A fault of our own keeps its stack trace.
+    """
     args = build_parser().parse_args(argv)
     try:
-        return int(args.run(args))
-    except (CommandError, ValueError) as error:  # the engine's own configuration and checkpoint errors are ValueErrors
-        print(f"babelephant: error: {error}", file=sys.stderr)
-        return 2
+        with _clean_end():
+            return int(args.run(args))
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush into the closed pipe
         return 0
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        print(f"babelephant: error: {message}", file=sys.stderr)
+        return 2
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell the caller; None for a fault of our own."""
+    message = None
+    match error:
+        case ValidationError():
+            message = f"{error.title}: {invalid_fields(error)}"
+        case yaml.YAMLError():
+            message = f"this is not valid YAML: {error}"
+        case OSError() if error.filename is not None:
+            message = f"{error.filename}: {error.strerror}"
+        case ModuleNotFoundError(name=name) if name in EXTRA_OF_MODULE:
+            install = f"{sys.executable} -m pip install -c constraints.txt -e '.[{EXTRA_OF_MODULE[name]}]'"
+            message = f"{name} is not installed, which this needs; in the project's folder: {install}"
+        case CommandError() | ValueError() | OSError():  # the engine's configuration and checkpoint errors are ValueErrors
+            message = str(error)
+        case RuntimeError() if type(error).__module__.startswith("engine."):  # the engine's own, such as too little memory
+            message = str(error)
+    return message
+
+
+@contextlib.contextmanager
+def _clean_end() -> Iterator[None]:
+    """SIGTERM, and SIGHUP unless nohup ignores it, unwind the stack, so that half-written folders are removed on the way."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    signals = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for signum in signals:
+        signal.signal(signum, end)
+    try:
+        yield
+    finally:
+        for signum in signals:
+            signal.signal(signum, signal.SIG_DFL)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from app.cli import main as main_of_app_cli  # this file's second copy: commands raise the CommandError of app.cli
+
+    sys.exit(main_of_app_cli())

@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.cost.plan import Plan
+from app.invalid_fields import invalid_fields
 from app.serve_config import OUR_IMPORT_PATH, check_serve_config
 from app.settings import INGRESS_NAME
 
@@ -80,7 +81,7 @@ class DeploymentPlan(_Strict):
         except FileNotFoundError:
             raise DeploymentError(f"{path} does not exist; write one with: babelephant plan POOLS --json {path}") from None
         except ValidationError as error:
-            raise DeploymentError(f"{path} is not a plan file ({FORMAT}): {error}") from error
+            raise DeploymentError(f"{path} is not a plan file ({FORMAT}): {invalid_fields(error)}") from error
 
     def by_pool(self) -> dict[str, list[DeploymentLine]]:
         """Lines of each pool, in the order of the file."""

@@ -15,8 +15,9 @@ from ray import serve
 from starlette.exceptions import HTTPException
 
 from app.errors import ServiceError, code_of_status
+from app.invalid_fields import problem
 from app.json_route import json_route
-from app.metrics import IngressMetrics
+from app.metric_recorders import IngressMetrics
 from app.middleware import BodyLimit, Cors, RequestContext, error_response
 from app.pools import RayPool, ReplicaStatus
 from app.prometheus import CONTENT_TYPE, MetricsRelay
@@ -40,6 +41,7 @@ from app.tracing import span
 from app.translation import TranslationService
 from app.version import service_version
 
+Answers = tuple[tuple[ReplicaStatus, ...], str | None]  # of one pool: its replicas, and why none answers
 _ERROR_STATUSES = (400, 408, 413, 415, 422, 500, 503, 504)
 _DESCRIPTION = """Machine translation with a Mixture-of-Experts model.
 
@@ -90,9 +92,10 @@ def _add_error_answers(api: FastAPI) -> None:
         message = str(error.detail)
         path = request.scope["path"]  # request.url would choke on a query that is not UTF-8
         if code == "not_found":
-            message = f"no route {path}; see /docs"
+            message = f"no route {path}; texts are translated at POST /v1/translate, GET /docs shows every route"
         elif code == "method_not_allowed":
-            message = f"{request.method} is not allowed on {path}"
+            allowed = (error.headers or {}).get("Allow", "")
+            message = f"{request.method} is not allowed on {path}; use {allowed or 'another method'}"
         response = error_response(ServiceError(code, message), request.scope)
         response.headers.update(error.headers or {})
         return response
@@ -103,11 +106,11 @@ def _add_error_answers(api: FastAPI) -> None:
 
 
 def _validation_error(problems: Sequence[Any]) -> ServiceError:
-    if any(problem["type"] == "json_invalid" for problem in problems):
+    if any(found["type"] == "json_invalid" for found in problems):
         reason = problems[0].get("ctx", {}).get("error", "it cannot be parsed")
         return ServiceError("invalid_json", f"the body is not valid JSON: {reason}")
-    fields = [{"field": _field_name(problem["loc"]), "problem": problem["msg"]} for problem in problems]
-    message = "; ".join(f"{field['field']}: {field['problem']}" for field in fields[:3])
+    fields = [{"field": _field_name(found["loc"]), "problem": problem(found)} for found in problems]
+    message = "; ".join(f"{found['field']}: {found['problem']}" for found in fields[:3])
     return ServiceError("invalid_request", message, details={"fields": fields})
 
 
@@ -176,28 +179,34 @@ def _add_operation_routes(api: FastAPI, service: TranslationService, relay: Metr
     started_at_s = time.monotonic()
     errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in (500, 503)}
 
-    async def replicas_of(name: str, autoscaling: Mapping[str, PoolAutoscalingBody]) -> tuple[ReplicaStatus, ...]:
+    async def replicas_of(name: str, autoscaling: Mapping[str, PoolAutoscalingBody]) -> Answers:
         try:
-            return await service.replicas(name)
-        except ServiceError:
+            return await service.replicas(name), None
+        except ServiceError as error:
             if name in autoscaling and autoscaling[name].target == 0:  # asleep: the next request wakes it
-                return ()
-            raise
+                return (), None
+            return (), error.message
 
-    async def replicas_by_pool(autoscaling: Mapping[str, PoolAutoscalingBody]) -> dict[str, tuple[ReplicaStatus, ...]]:
+    async def answers_by_pool(autoscaling: Mapping[str, PoolAutoscalingBody]) -> dict[str, Answers]:
         names = list(service.pools)
         return dict(zip(names, await asyncio.gather(*(replicas_of(name, autoscaling) for name in names)), strict=True))
 
+    @api.head("/livez", include_in_schema=False)
     @api.get("/livez", summary="This process answers")
     async def livez() -> HealthAnswer:
         return HealthAnswer(status="ok")
 
+    @api.head("/readyz", include_in_schema=False)
     @api.get("/readyz", responses=errors, summary="Every pool answers")
     async def readyz() -> HealthAnswer:
-        try:
-            await replicas_by_pool((await autoscaling_bodies(read_plans))[0])
-        except ServiceError as error:
-            raise ServiceError("not_ready", error.message, retry_after_s=service.settings.http.retry_after_s) from error
+        answers = await answers_by_pool((await autoscaling_bodies(read_plans))[0])
+        if silent := {name: error for name, (_, error) in answers.items() if error is not None}:
+            raise ServiceError(
+                "not_ready",
+                "; ".join(silent.values()),
+                details={"pools": list(silent)},
+                retry_after_s=service.settings.http.retry_after_s,
+            )
         return HealthAnswer(status="ok")
 
     @api.get("/v1/status", responses=errors, summary="Pools, replicas and their load")
@@ -211,8 +220,9 @@ def _add_operation_routes(api: FastAPI, service: TranslationService, relay: Metr
                 pairs=service.settings.pools[name].pairs,
                 replicas=[_replica_body(replica) for replica in replicas],
                 autoscaling=autoscaling.get(name),
+                error=error,
             )
-            for name, replicas in (await replicas_by_pool(autoscaling)).items()
+            for name, (replicas, error) in (await answers_by_pool(autoscaling)).items()
         ]
         return StatusAnswer(
             version=service_version(),

@@ -76,7 +76,8 @@ async def _parse(request: Request) -> Any:
             "ctx": {"error": error.msg},
         }
         raise RequestValidationError([problem]) from error
-    except HTTPException:  # of the body limit
+    except (HTTPException, ServiceError):  # of the body limit
         raise
-    except Exception as error:  # not UTF-8, nested too deep, or the client hung up
-        raise HTTPException(400, "There was an error parsing the body") from error
+    except Exception as error:
+        reason = {UnicodeDecodeError: "it is not UTF-8", RecursionError: "it is nested too deep"}.get(type(error))
+        raise ServiceError("invalid_json", f"the body cannot be read: {reason or 'it broke off'}") from error

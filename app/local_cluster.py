@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import importlib.util
 import os
 import random
@@ -15,6 +16,7 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import time
 import urllib.error
@@ -23,13 +25,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from app.deploy_progress import DeployFailedError, all_running, what_is_missing
+
 if TYPE_CHECKING:
-    from ray.serve.schema import ServeDeploySchema
+    from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
 _OBJECT_STORE_BYTES = 200 * 1024 * 1024  # requests and replies are small; Ray would take 30 % of the memory
 _METRICS_REPORT_INTERVAL_MS = 2000
 _POLL_S = 0.2
 _PORT_RANGE = range(20_000, 30_000)
+_SERVE_LOGS = "/tmp/ray/session_latest/logs/serve"
 _RAY_DEFAULTS = {  # a variable that is set already wins
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -52,13 +57,17 @@ _FAST_PROXY_PORTS = (
 )
 # What Serve starts in place of HAProxy. -dF: with its fast forwarding HAProxy 2.8 misses every second client that hangs up
 # after a body of about 40 kB or more that came in one burst; the work for it then runs on. And Serve's template opens pages
-# of statistics on every interface.
+# of statistics on every interface. The loop: where this process is killed outright, Ray's own processes end with it, but
+# HAProxy would go on holding the port.
 _HAPROXY_SCRIPT = """#!/bin/sh
 for argument in "$@"; do
   case "$argument" in *.cfg) sed -i 's/bind \\*:/bind 127.0.0.1:/; s/bind :/bind 127.0.0.1:/' "$argument" ;; esac
 done
+(while kill -0 {pid} && kill -0 $$; do sleep 1; done; kill $$) </dev/null >/dev/null 2>&1 &
 exec '{binary}' -dF "$@"
 """
+# What means "stop" here: Ctrl-C, a process manager, the terminal that was closed.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Proxy = Literal["auto", "haproxy", "python"]
 
@@ -88,7 +97,7 @@ def _write_haproxy_script() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="babelephant-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     script = folder / "haproxy"
-    script.write_text(_HAPROXY_SCRIPT.format(binary=get_haproxy_binary()), encoding="utf-8")
+    script.write_text(_HAPROXY_SCRIPT.format(binary=get_haproxy_binary(), pid=os.getpid()), encoding="utf-8")
     script.chmod(0o700)
     return script
 
@@ -109,17 +118,21 @@ class LocalClusterError(RuntimeError):
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Raise LocalClusterError when something listens on host:port already."""
+    """Raise LocalClusterError when host:port cannot be listened on: something does already, or it is not ours to take."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise LocalClusterError(
-                f"cannot listen on {host}:{port} ({error.strerror}); stop what uses the port or choose another: "
-                f"babelephant serve --port {port + 1} (make run PORT={port + 1})"
-            ) from error
+            if error.errno == errno.EADDRINUSE:
+                other = f"babelephant serve --port {port + 1} (make run PORT={port + 1})"
+                way_out = f"stop what uses the port or choose another: {other}"
+            elif error.errno == errno.EACCES:
+                way_out = "ports below 1024 are for root: choose another with --port"
+            else:
+                way_out = "--host wants an address of this machine: 127.0.0.1, or 0.0.0.0 for every one"
+            raise LocalClusterError(f"cannot listen on {host}:{port} ({error.strerror}); {way_out}") from error
 
 
 @contextlib.contextmanager
@@ -135,7 +148,7 @@ def local_service(config: ServeDeploySchema, *, timeout_s: float) -> Iterator[st
     require_free_port(config.http_options.host, config.http_options.port)
     ready = False
     try:
-        with _interrupts_held_back():
+        with _interrupts_held_back(), _process_group_of_its_own():
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -143,6 +156,7 @@ def local_service(config: ServeDeploySchema, *, timeout_s: float) -> Iterator[st
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _system_config={"metrics_report_interval_ms": _METRICS_REPORT_INTERVAL_MS},
             )
+        require_gpus(config, ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
         _deploy(config)
         url = _wait_until_ready(config, time.monotonic() + timeout_s)
         ready = True
@@ -162,7 +176,7 @@ def local_service(config: ServeDeploySchema, *, timeout_s: float) -> Iterator[st
 def _interrupts_held_back() -> Iterator[None]:
     """Ctrl-C or SIGTERM amid Ray's start or end would leave processes behind: they take effect after the block."""
     received: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]  # nohup stays nohup
     previous = {signum: signal.signal(signum, lambda signum, frame: received.append(signum)) for signum in signals}
     try:
         yield
@@ -171,6 +185,59 @@ def _interrupts_held_back() -> Iterator[None]:
             signal.signal(signum, handler)
     if received:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _process_group_of_its_own() -> Iterator[None]:
+    """What starts in the block is in a process group of its own.
+
+    A signal to our whole group (`kill %1`, `timeout`, process managers) would otherwise end Ray under us: what was accepted
+    would be lost, and the end would wait a minute for Ray's head. A session's leader cannot change groups; nothing is done.
+    """
+    ours = os.getpgrp()
+    leader = subprocess.Popen(["sleep", "600"], process_group=0)  # a group to go to
+    try:
+        try:
+            os.setpgid(0, leader.pid)
+        except PermissionError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            try:
+                os.setpgid(0, ours)
+            except PermissionError:  # it is gone with its last process
+                os.setpgid(0, 0)
+    finally:
+        leader.kill()
+        leader.wait()
+
+
+def require_gpus(config: ServeDeploySchema, num_found: float) -> None:
+    """Raise LocalClusterError when deployments ask for more GPUs than there are: Serve would wait for ever."""
+    wanted = sum(_num_gpus(deployment) for application in config.applications for deployment in application.deployments)
+    if wanted > num_found:
+        way_out = (
+            "lower num_replicas or num_gpus under deployments:"
+            if num_found
+            else "cluster_configs/serve/local-cpu.yaml needs none"
+        )
+        raise LocalClusterError(
+            f"the configuration asks for {wanted:g} GPU{'s' * (wanted != 1)}, this machine has {num_found:g}; {way_out}"
+        )
+
+
+def _num_gpus(deployment: DeploymentSchema) -> float:
+    """GPUs that a deployment asks for at its start."""
+    said = deployment.model_dump(exclude_unset=True)
+    scaling = said.get("autoscaling_config")
+    replicas = said.get("num_replicas", 1)
+    if isinstance(scaling, dict):
+        replicas = scaling.get("initial_replicas") or scaling.get("min_replicas", 1)
+    if not isinstance(replicas, int):  # "auto" starts with one
+        replicas = 1
+    return float(replicas * (said.get("ray_actor_options") or {}).get("num_gpus", 0))
 
 
 def _deploy(config: ServeDeploySchema) -> None:
@@ -193,28 +260,23 @@ def _deploy(config: ServeDeploySchema) -> None:
 def _wait_until_ready(config: ServeDeploySchema, deadline: float) -> str:
     from ray import serve
 
-    _poll(deadline, lambda: _all_running(serve.status()))
+    try:
+        _poll(deadline, lambda: all_running(serve.status()), lambda: what_is_missing(serve.status()))
+    except DeployFailedError as error:
+        raise LocalClusterError(f"{error}\n(stack traces: {_SERVE_LOGS})") from error
     host = "127.0.0.1" if config.http_options.host in ("0.0.0.0", "::") else config.http_options.host
-    url = f"http://{host}:{config.http_options.port}"
-    _poll(deadline, lambda: _answers(f"{url}/readyz"))
+    url = f"http://{f'[{host}]' if ':' in host else host}:{config.http_options.port}"
+    _poll(deadline, lambda: _answers(f"{url}/readyz"), lambda: f"{url}/readyz does not answer 200")
     return url
 
 
-def _poll(deadline: float, done: Callable[[], bool]) -> None:
+def _poll(deadline: float, done: Callable[[], bool], what_is_missing: Callable[[], str]) -> None:
     while not done():
         if time.monotonic() > deadline:
-            raise LocalClusterError("the service is not ready in time; logs are in /tmp/ray/session_latest/logs/serve")
+            raise LocalClusterError(
+                f"the service is not ready in time (--timeout): {what_is_missing()}\n(logs: {_SERVE_LOGS})"
+            )
         time.sleep(_POLL_S)
-
-
-def _all_running(status: object) -> bool:
-    """True when every application runs. Raises LocalClusterError with Serve's own message when one failed."""
-    applications = status.applications  # type: ignore[attr-defined]  # ray.serve.schema.ServeStatus
-    for name, application in applications.items():
-        if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            reasons = [application.message, *(d.message for d in application.deployments.values())]
-            raise LocalClusterError(f"application {name} failed: {' '.join(filter(None, reasons))}")
-    return bool(applications) and all(application.status == "RUNNING" for application in applications.values())
 
 
 def _answers(url: str) -> bool:

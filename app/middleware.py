@@ -16,10 +16,14 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import ServiceError
-from app.metrics import IngressMetrics
+from app.metric_recorders import IngressMetrics
 
 _MAX_DISCARD_BYTES = 32_000_000
 _MAX_DISCARD_S = 10.0
+
+# Answers that somebody will ask about with a request id. What the caller did wrong is the caller's, refusals under overload
+# come by the thousand and are counted, and an unexpected error has its line already.
+_LOGGED_CODES = ("engine_failed", "deadline_exceeded", "pool_unavailable")
 
 log = logging.getLogger("ray.serve")
 
@@ -73,7 +77,10 @@ class RequestContext:
             await error_response(error, scope)(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
-            self._metrics.answered(route, status, time.perf_counter() - started, state.get("error_code"))
+            seconds, code = time.perf_counter() - started, state.get("error_code")
+            self._metrics.answered(route, status, seconds, code)
+            if code in _LOGGED_CODES:
+                log.warning("request %s: %s %s on %s after %.3f s", request_id, status, code, route, seconds)
 
 
 class BodyLimit:
@@ -97,8 +104,7 @@ class BodyLimit:
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdecimal() and int(length) > self._max_bytes:
             await _discard_body(receive)
-            error = ServiceError("body_too_large", self._message, details={"limit_bytes": self._max_bytes})
-            await error_response(error, scope)(scope, receive, send)
+            await error_response(self._error, scope)(scope, receive, send)
             return
         num_bytes = 0
         is_complete = False
@@ -117,14 +123,15 @@ class BodyLimit:
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_bytes:
                 await _discard_body(receive)
-                raise HTTPException(413, self._message)  # FastAPI lets exactly this type through its body parser
+                raise self._error
             return message
 
         await self._app(scope, receive_limited, send)
 
     @property
-    def _message(self) -> str:
-        return f"the body is larger than {self._max_bytes} bytes; send fewer texts per request"
+    def _error(self) -> ServiceError:
+        message = f"the body is larger than {self._max_bytes} bytes; send fewer texts per request"
+        return ServiceError("body_too_large", message, details={"limit_bytes": self._max_bytes})
 
 
 async def _discard_body(receive: Receive) -> None:

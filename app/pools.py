@@ -173,7 +173,7 @@ class RayPool:
         except TimeoutError:
             raise self._unavailable(f"no answer within {_STATUS_TIMEOUT_S:g} s") from None
         except DeploymentUnavailableError as error:
-            raise self._unavailable(type(error).__name__) from error
+            raise self._unavailable("it has no running replica yet") from error
         alive = tuple(reply for reply in replies if isinstance(reply, ReplicaStatus))
         if not alive:
             raise self._unavailable(f"none of its {len(replies)} replicas is healthy")

@@ -20,9 +20,11 @@ from app.autoscaling.feed import OFFERED, UPTIME, WAITING
 from app.autoscaling.open_calls import OPEN_CALLS
 from app.autoscaling.pair_counts import PairCounter
 from app.call_server import CallServer
+from app.devices import require_device
 from app.engine_thread import Engine, EngineDeadError, EngineFailedError, EngineThread, RefusedError
 from app.jobs import Outcome
-from app.metrics import PoolMetrics, Soon
+from app.metric_export import Soon
+from app.metric_recorders import PoolMetrics
 from app.pools import ReplicaStatus
 from app.settings import PoolSettings, PoolTuning
 from app.tracing import past_span, record_sentences, span
@@ -100,6 +102,7 @@ class Replica:
     def _load(self, checkpoint: Path, config: EngineConfig) -> Engine:
         from engine.translator import Translator  # loads torch: replicas only
 
+        require_device(config.device)
         return Translator.load(checkpoint, config)
 
     def _replica_id(self) -> str:

@@ -20,7 +20,7 @@ _EXAMPLE: dict[str, JsonValue] = {"source_lang": "en", "target_lang": "de", "tex
 
 
 class TranslateBody(BaseModel):
-    """What to translate. Every text is translated line by line; blank texts and lines come back as they are."""
+    """What to translate. Every text is translated line by line; blank lines come back as they are, a blank text as ""."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra={"examples": [_EXAMPLE]})
 
@@ -145,7 +145,7 @@ class PoolAutoscalingBody(BaseModel):
 
 
 class PoolStatusBody(BaseModel):
-    """One pool and its replicas; autoscaling is null where no policy decides."""
+    """One pool and its replicas; autoscaling is null where no policy decides, error unless no replica answers."""
 
     name: str
     model: str
@@ -153,6 +153,7 @@ class PoolStatusBody(BaseModel):
     pairs: list[str]
     replicas: list[ReplicaBody]
     autoscaling: PoolAutoscalingBody | None = None
+    error: str | None = None
 
 
 class StatusAnswer(BaseModel):

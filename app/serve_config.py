@@ -13,6 +13,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from app.autoscaling.open_calls import POLICY_PATH as OPEN_CALLS_POLICY
 from app.autoscaling.settings import POLICY_PATH, AutoscalingSettings
+from app.invalid_fields import invalid_fields
 from app.settings import INGRESS_NAME, PoolTuning, ServiceSettings
 
 OUR_IMPORT_PATH = "app.serve:build_app"
@@ -28,6 +29,8 @@ def load_serve_config(path: Path, *, host: str | None = None, port: int | None =
     options = config.http_options.model_copy(
         update={key: value for key, value in (("host", host), ("port", port)) if value is not None}
     )
+    if not 1 <= options.port <= 65_535:
+        raise ServeConfigError(f"port {options.port} is none; choose 1024 to 65535")
     return config.model_copy(update={"http_options": options})
 
 
@@ -37,6 +40,8 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ServeConfigError(f"{path} does not exist; cluster_configs/serve/ holds examples") from None
+    except OSError as error:
+        raise ServeConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ServeConfigError(f"{path} is not valid YAML: {error}") from error
 
@@ -48,7 +53,7 @@ def check_serve_config(raw: Any, name: str) -> ServeDeploySchema:
         if problems := [*unknown_keys(ServeDeploySchema, raw), *_deployment_problems(config)]:
             raise ServeConfigError(f"{name}: {'; '.join(problems)}")
     except ValidationError as error:
-        raise ServeConfigError(f"{name}: {error}") from error
+        raise ServeConfigError(f"{name}: {invalid_fields(error)}") from error
     except (ImportError, AttributeError) as error:  # Serve's schema imports it then and there
         raise ServeConfigError(f"{name}: a policy_function is not there: {error}") from error
     return config

@@ -19,6 +19,10 @@ from engine.config import PRECISIONS, EngineConfig, ModelConfig, QuantScheme
 Stack = Literal["encoder", "decoder"]
 _ACTIVE_EXPERTS = 2
 _SCALE_BYTES = 2
+_FP32_BYTES = 4
+_VOCABULARY_ALIGNMENT = 64  # rows of the output projection
+_ROUTER_PARTS = 16  # the most parts of d that the router's products are cut into; their sums are float32
+_NGRAM_LOGITS = 2  # a step with n-gram rules holds logits by row, too, and while it makes those a reordered copy
 _LIBRARY_WORKSPACE_BYTES = 64 << 20  # cuBLAS keeps 32 MiB a stream on Hopper: one captures passes, one sets up
 _DRIVER_BYTES = 1550 << 20  # H100, CUDA 13: 606 MiB of context, the rest code and 64 captured passes
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -58,7 +62,8 @@ class MemoryPlan:
     experts_bytes: expert matrices in canonical form. rest_bytes: all other weights. layout_copies_bytes: second copies
     that CPU kernels want (int4 codes of the decoder, output projection). kv_cache_bytes: self- and cross-attention cache.
     workspace_bytes: on a GPU, what the largest captured pass needs beside them, and library workspaces. driver_bytes: what
-    the driver takes there for its context, the code of kernels and captured graphs; measured, and not torch's.
+    the driver takes there for its context, the code of kernels and captured graphs; measured, and not torch's. ngram_bytes:
+    what the first step with an n-gram rule takes there on top, if one is ever asked for.
     """
 
     experts_bytes: int
@@ -67,10 +72,11 @@ class MemoryPlan:
     kv_cache_bytes: int
     workspace_bytes: int = 0
     driver_bytes: int = 0
+    ngram_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """What the engine holds through torch; on top come activations on a CPU, and `driver_bytes` on a GPU."""
+        """What the engine holds through torch; beside it activations on a CPU, `driver_bytes` and `ngram_bytes` on a GPU."""
         weights = self.experts_bytes + self.rest_bytes + self.layout_copies_bytes
         return weights + self.kv_cache_bytes + self.workspace_bytes
 
@@ -179,7 +185,11 @@ def plan_memory(config: ModelConfig, engine_config: EngineConfig) -> MemoryPlan:
     rest, cache = rest_bytes(config, item_bytes), rows + slots
     if not engine_config.device.startswith("cuda"):
         return MemoryPlan(experts, rest, copies, cache)
-    return MemoryPlan(experts, rest, copies, cache, _workspace_bytes(config, engine_config, item_bytes), _DRIVER_BYTES)
+    if engine_config.int8_dense:
+        rest += _int8_change(config, item_bytes)
+    workspace = _workspace_bytes(config, engine_config, item_bytes)
+    ngram = _NGRAM_LOGITS * _entries(engine_config) * _logit_bytes(config)
+    return MemoryPlan(experts, rest, copies, cache, workspace, _DRIVER_BYTES, ngram)
 
 
 def fitting_precisions(config: ModelConfig, available_bytes: int) -> tuple[str, ...]:
@@ -189,21 +199,50 @@ def fitting_precisions(config: ModelConfig, available_bytes: int) -> tuple[str, 
 
 def _workspace_bytes(config: ModelConfig, engine_config: EngineConfig, item_bytes: int) -> int:
     """Captured passes run one at a time and share one pool, so the largest decode step or encoder pass counts; then the
-    products that linear maps split, one buffer a stack, and the workspaces of the GEMM library.
+    router's partial sums (given back before the experts run, but as a block of a size of its own), the products that linear
+    maps split, one buffer a stack, and the workspaces of the GEMM library.
 
     A step holds the logits in float32 (each entry may be a live row or the start token of a new sentence), an encoder pass
     the outputs of its experts or the keys and values of all decoder layers.
     """
     d = config.d_model
-    entries = engine_config.max_rows + engine_config.max_source_slots
-    tokens = engine_config.encode_token_budget
-    logits = 4 * _round_up(config.vocab_size, 64)
-    step = entries * (logits + item_bytes * (_ACTIVE_EXPERTS * (config.decoder_ffn_dim + d) + 4 * d))
+    entries, tokens = _entries(engine_config), engine_config.encode_token_budget
+    step = entries * (_logit_bytes(config) + item_bytes * (_ACTIVE_EXPERTS * (config.decoder_ffn_dim + d) + 4 * d))
     # 20,800 values a token measured on an H100 (d 1,024, feed-forward 4,096, pass of 8,192 tokens)
     experts = _ACTIVE_EXPERTS * (config.encoder_ffn_dim + d) + 10 * d
     encoder = tokens * item_bytes * max(experts, 2 * d * config.decoder_layers + 2 * d)
     widest = max(3 * d, config.encoder_ffn_dim, config.decoder_ffn_dim)
-    return max(step, encoder) + item_bytes * widest * (tokens + entries) + _LIBRARY_WORKSPACE_BYTES
+    maps = item_bytes * widest * (tokens + entries)
+    return max(step, encoder) + _router_bytes(config, tokens, entries) + maps + _LIBRARY_WORKSPACE_BYTES
+
+
+def _entries(engine_config: EngineConfig) -> int:
+    """Most entries of a step: live rows, and the start tokens of new sentences."""
+    return engine_config.max_rows + engine_config.max_source_slots
+
+
+def _logit_bytes(config: ModelConfig) -> int:
+    """One entry's logits in float32, padded as the head writes them."""
+    return _FP32_BYTES * _round_up(config.vocab_size, _VOCABULARY_ALIGNMENT)
+
+
+def _router_bytes(config: ModelConfig, tokens: int, entries: int) -> int:
+    """Partial sums of the router in the larger of the passes that route: a value for each part of d, token and expert,
+    experts rounded up to a power of two from 16 on."""
+    routed = [size for size, (_, sparse, _) in zip((tokens, entries), _stacks(config), strict=True) if sparse]
+    experts = max(16, 1 << (config.num_experts - 1).bit_length())
+    return _FP32_BYTES * _ROUTER_PARTS * experts * max(routed, default=0)
+
+
+def _int8_change(config: ModelConfig, item_bytes: int) -> int:
+    """Bytes that `int8_dense` adds (negative: saves): maps of the decoder to queries, keys and values and to dense
+    feed-forward layers take the place of the plain ones; the output projection stands beside the embedding, whose rows are
+    looked up as they are. Every output channel has a float32 scale."""
+    d = config.d_model
+    dense = config.decoder_layers - num_sparse_layers(config, "decoder")
+    channels = config.decoder_layers * 3 * d + dense * config.decoder_ffn_dim
+    head = _round_up(config.vocab_size, _VOCABULARY_ALIGNMENT) * (d + _FP32_BYTES)
+    return head - channels * (d * (item_bytes - 1) - _FP32_BYTES)
 
 
 def _round_up(value: int, multiple: int) -> int:

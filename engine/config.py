@@ -78,7 +78,8 @@ class ModelConfig:
             return cls(**{name: raw[name] for name in known if raw.get(name) is not None})
         except TypeError as error:
             missing = sorted(f.name for f in fields(cls) if f.default is f.default_factory and f.name not in raw)
-            raise ConfigError(f"config.json lacks {', '.join(missing)}") from error
+            problem = f"lacks {', '.join(missing)}" if missing else f"has a value of the wrong type: {error}"
+            raise ConfigError(f"config.json {problem}") from error
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path) -> Self:
@@ -155,7 +156,8 @@ class EngineConfig:
     max_source_tokens / max_target_tokens: longest accepted source (with tag and eos) / longest output.
     encode_token_budget: packed source tokens of one encoder pass. max_waiting: sentences queued before submit refuses.
     On a GPU only: batch_invariant: a sentence's result does not depend, to the last bit, on what runs beside it (slower).
-    int8_dense: attention, dense feed-forward layers and the output projection in int8 too (beyond the paper).
+    int8_dense: in the decoder, the maps to queries, keys and values, the first of dense feed-forward layers and the output
+    projection have int8 weights, and take int8 activations where a step has many rows (beyond the paper).
     """
 
     device: str = "cpu"

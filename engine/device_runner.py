@@ -229,7 +229,7 @@ class DeviceRunner:
         hidden = self._decoder.hidden(inputs, EntryGroups(*self._search.groups(shape)), self._search.tables.ancestry)
         logits = None
         if shape.ngram_sizes:
-            logits = torch.empty((len(hidden), self._vocab_size), dtype=torch.float32, device=self._device)
+            logits = torch.empty((hidden.shape[0], self._vocab_size), dtype=torch.float32, device=self._device)
         top = self._decoder.top_tokens(hidden, shape.num_candidates, inputs.banned, logits)
         values, token_ids = top.values, top.token_ids
         if logits is not None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from kernels.add_layernorm import add_layernorm, add_layernorm_reference
-from kernels.bench_rows import Machine, Row
+from kernels.bench_rows import Machine, Row, time_if_right
 from kernels.cases import (
     DECODE_TOKENS,
     ENCODE_TOKENS,
@@ -100,7 +100,7 @@ def _route_row(shape: FfnShape, rows: int) -> Row:
     wrong = float((out.expert_ids != truth.expert_ids).float().mean())
     error = max(relative_error(out.gate_weights, truth.gate_weights), 0.0 if same else max(wrong, 1e-9) if wrong else 1.0)
     touched = xs[0].numel() * 2 + weights[0].numel() * 4 + out.gather_index.numel() * 20
-    us = graph_time_us(calls) if error <= 1e-2 else 0.0
+    us = time_if_right(error, 1e-2, lambda: graph_time_us(calls))
     launches = 1 if rows <= FEW_TOKENS else 2
     name = f"E={shape.num_experts} D={shape.d_model} top-{shape.top_k} R={rows}"
     return Row("route", name, us, error, 1e-2, touched, launches=launches)
@@ -132,7 +132,7 @@ def _add_layernorm_row(features: int, rows: int, slots: int) -> Row:
     def eager(index: int) -> torch.Tensor:
         return torch.nn.functional.layer_norm(residuals[index] + deltas[index].sum(1), (features,), weight, bias)
 
-    us = graph_time_us(calls) if error <= 4e-3 else 0.0
+    us = time_if_right(error, 4e-3, lambda: graph_time_us(calls))
     anchor = graph_time_us([functools.partial(eager, i) for i in range(32)])
     touched = rows * features * 2 * (3 + slots)
     return Row(

@@ -7,17 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels.bench_rows import Machine, Row
-
-_COLUMNS = {"machine", "rows"}
-
-
-def read_report(report: dict[str, Any]) -> tuple[Machine, list[Row]]:
-    """Machine and rows of a report; ValueError names what is missing."""
-    if missing := _COLUMNS - report.keys():
-        raise ValueError(f"not a benchmark report, {sorted(missing)} missing: write one with kernels.bench --out")
-    rows = [Row(**{name: value for name, value in row.items() if name != "floor_us"}) for row in report["rows"]]
-    return Machine(**report["machine"]), rows
+from kernels.bench_rows import Machine, Report, Row, floor_us
 
 
 def roof_flops_per_s(machine: Machine, flops_per_byte: float) -> float:
@@ -25,12 +15,13 @@ def roof_flops_per_s(machine: Machine, flops_per_byte: float) -> float:
     return min(machine.bytes_per_s * flops_per_byte, machine.flops_per_s)
 
 
-def plot_roofline(machine: Machine, rows: list[Row], path: Path) -> None:
+def plot_roofline(report: Report, path: Path) -> None:
     """Two log-log panels into `path`: FLOP/s over FLOPs per byte (rows that count FLOPs) under the roofline, and GB/s over
     bytes touched (all rows) under the bandwidth with its launch time. Rows whose check failed are left out; ValueError when
     none is left.
     """
-    good = [row for row in rows if row.ok and row.us > 0]
+    machine, born = report.machine, report.certificate
+    good = [row for row in report.rows if row.ok and row.us > 0]
     if not good:
         raise ValueError("no row passed its check: nothing to plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -41,7 +32,7 @@ def plot_roofline(machine: Machine, rows: list[Row], path: Path) -> None:
     compute, memory = figure.subplots(1, 2)
     _draw_compute(compute, machine, [row for row in good if row.flops])
     _draw_memory(memory, machine, good)
-    figure.suptitle(f"kernels on {machine.name}")
+    figure.suptitle(f"kernels on {machine.name}, {born['date']}, commit {born['commit']}")
     figure.savefig(path, dpi=130)
 
 
@@ -76,7 +67,7 @@ def _draw_memory(axes: Any, machine: Machine, rows: list[Row]) -> None:
         axes.plot(x, y, _style(index), label=name, markersize=4, linewidth=0.8)
     size = np.geomspace(min(row.bytes_touched for row in rows), max(row.bytes_touched for row in rows) * 1.01, 200)
     for launches, style in ((1, "k--"), (2, "k:")):
-        floor_us = [Row("", "", 0, 0, 0, int(s), launches=launches).floor_us(machine) for s in size]
-        axes.plot(size, size / floor_us * 1e6, style, label=f"read bandwidth after {launches} launch{'es' * (launches - 1)}")
+        least_us = [floor_us(machine, s, 0.0, launches) for s in size]
+        axes.plot(size, size / least_us * 1e6, style, label=f"read bandwidth after {launches} launch{'es' * (launches - 1)}")
     axes.set(xscale="log", yscale="log", xlabel="bytes touched", ylabel="bytes per second")
     axes.legend(fontsize=7)

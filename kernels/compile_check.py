@@ -44,8 +44,11 @@ def jobs_for(capability: int) -> list[Job]:
         found += route_jobs(shape.d_model, shape.num_experts, 2, dtype, default_gate_tiles(shape.d_model, shape.num_experts))
         found += add_layernorm_jobs(shape.d_model, 2, dtype)
         found += default_head_jobs(shape.d_model, 128000 if shape is PAPER else 256206, dtype)
+        if capability >= 80:  # Triton has no product of int8 codes before
+            found += default_head_jobs(shape.d_model, 128000 if shape is PAPER else 256206, torch.int8)
         if capability == 90:
-            found += hopper_head_jobs(shape.d_model, 128000 if shape is PAPER else 256206, dtype)
+            for rows_type in (dtype, torch.int8):
+                found += hopper_head_jobs(shape.d_model, 128000 if shape is PAPER else 256206, rows_type)
         found += default_jobs(shape.d_model, capability) + embed_jobs(shape.d_model, dtype)
     for d_model in (256, 512, 1024, 2048):  # head_dim 16, 32, 64, 128
         found += decode_attention_jobs(d_model, 16, dtype) + encoder_attention_jobs(d_model, 16, dtype)

@@ -1,4 +1,7 @@
-"""The one place where a kernel meets those before it in the stream and those after it (programmatic dependent launch)."""
+"""The one place where a kernel meets those before it in the stream and those after it (programmatic dependent launch).
+
+OVERLAP, and the launch option with it, come from `kernels.launch.overlap`. Kernels in Gluon may call the first three.
+"""
 # mypy: ignore-errors
 
 import triton
@@ -13,13 +16,26 @@ _PREFETCH_LINE = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 
 
 @triton.jit
-def wait_for_inputs(OVERLAP: tl.constexpr):
-    """Before this line a kernel may touch nothing but weights: its inputs may still be being written, and its outputs read,
-    by the kernels before. After it the next kernel may start in the same way. OVERLAP and the launch option that goes with
-    it come from `kernels.launch.overlap`."""
+def wait_for_kernels_before(OVERLAP: tl.constexpr):
+    """What they wrote is there from here on, and what they read may be written over."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_start(OVERLAP: tl.constexpr):
+    """The next kernel may start once every program of this one has come here, or is over. Where that is before the wait,
+    kernels before this one may still run then, too: what the next one reads before its own wait must not be theirs."""
+    if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_inputs(OVERLAP: tl.constexpr):
+    """Before this line a kernel may touch nothing but weights: its inputs may still be being written, and its outputs read,
+    by the kernels before. After it the next kernel may start in the same way."""
+    wait_for_kernels_before(OVERLAP)
+    let_next_start(OVERLAP)
 
 
 @triton.jit

@@ -18,10 +18,11 @@ import torch
 from torch.nn import functional
 
 from kernels.cases import PRECISIONS
-from kernels.checks import DTYPES, ExpertCase, ExpertInputs, expert_inputs
+from kernels.checks import DTYPES
 from kernels.compile_ahead import Job, compile_ahead
 from kernels.decode_attention import decode_cross_attention, decode_self_attention
 from kernels.encoder_attention import encoder_attention
+from kernels.expert_checks import ExpertCase, ExpertInputs, expert_inputs
 from kernels.expert_gemm import FfnTiles, dequantize_reference, expert_ffn_reference, expert_gemm
 from kernels.expert_gemm.jobs import ffn_jobs
 from kernels.expert_gemm.reference import expert_gemm_reference

@@ -12,6 +12,7 @@ import torch
 from kernels.bench_rows import Machine, Row
 from kernels.head_checks import HEAD_LIMIT, head_error
 from kernels.head_topk import HeadTiles, Int8Head, TopTokens, head_topk, quantize_head, select_tiles
+from kernels.quantized_rows import QuantizedRows, quantize_rows
 from kernels.testing import graph_time_us
 
 HEADS = ((128000, 1024), (256206, 2048))  # V, D: the paper's shape and NLLB-MoE 54B
@@ -44,11 +45,12 @@ class HeadBed:
         weight[vocab_size:] = float("nan")
         return cls(vocab_size, num_features, bits, [weight.clone() for _ in range(copies)])
 
-    def point(self, num_rows: int) -> HeadPoint:
-        """Inputs for one number of rows."""
+    def point(self, num_rows: int, *, int8_rows: bool = False) -> HeadPoint:
+        """Inputs for one number of rows; int8_rows (a bed of 8 bits): rows in int8, too."""
         generator = torch.Generator(_DEVICE).manual_seed(num_rows)
         shape = (num_rows, self.num_features)
-        xs = [torch.randn(shape, generator=generator, device=_DEVICE).bfloat16() for _ in range(4)]
+        floats = [torch.randn(shape, generator=generator, device=_DEVICE).bfloat16() for _ in range(4)]
+        xs = [quantize_rows(x) for x in floats] if int8_rows else floats
         banned = torch.full((num_rows,), 2, dtype=torch.int32, device=_DEVICE)
         scratch = torch.empty(num_rows, -(-self.vocab_size // 64) * 64, device=_DEVICE)
         return HeadPoint(self, xs, banned, scratch)
@@ -59,7 +61,7 @@ class HeadPoint:
     """One number of rows: inputs of every call in the graph, banned tokens, scratch."""
 
     bed: HeadBed
-    xs: list[torch.Tensor]
+    xs: list[torch.Tensor] | list[QuantizedRows]
     banned: torch.Tensor
     scratch: torch.Tensor
 
@@ -89,19 +91,21 @@ class HeadPoint:
     def row(self, anchors_us: dict[str, float]) -> Row:
         """Measure with the tiles that a user gets."""
         bed, num_rows = self.bed, len(self.banned)
-        result = self.measure(
-            select_tiles(num_rows, bed.num_features, bed.vocab_size, bed.bits, _DEVICE, torch.bfloat16), 21
-        )
-        touched = bed.vocab_size * bed.num_features * bed.bits // 8 + num_rows * (bed.num_features * 2 + _K * 8)
+        row_type = torch.int8 if isinstance(self.xs[0], QuantizedRows) else torch.bfloat16
+        result = self.measure(select_tiles(num_rows, bed.num_features, bed.vocab_size, bed.bits, _DEVICE, row_type), 21)
+        row_bytes = bed.num_features * row_type.itemsize + _K * 8
+        touched = bed.vocab_size * bed.num_features * bed.bits // 8 + num_rows * row_bytes
         flops = 2.0 * num_rows * bed.vocab_size * bed.num_features
-        name = f"V={bed.vocab_size} D={bed.num_features} {'int8' if bed.bits == 8 else 'bf16'} R={num_rows}"
+        kind = {(16, 2): "bf16", (8, 2): "int8", (8, 1): "int8 x int8 rows"}[bed.bits, row_type.itemsize]
+        name = f"V={bed.vocab_size} D={bed.num_features} {kind} R={num_rows}"
         error = result["error"] if result["repeatable"] else float("inf")
         return Row("head_topk", name, result.get("us", 0.0), error, HEAD_LIMIT, touched, flops, 2, anchors_us)
 
     def matmul(self, index: int) -> torch.Tensor:
         """Torch's bf16 product over the padded vocabulary, nothing else; for beds of 16 bits."""
         weights = [head for head in self.bed.heads if isinstance(head, torch.Tensor)]
-        return self.xs[index] @ weights[index % len(weights)].T
+        floats = [x for x in self.xs if isinstance(x, torch.Tensor)]
+        return floats[index] @ weights[index % len(weights)].T
 
     def matmul_us(self, replays: int = 9) -> float:
         """What the product alone takes."""
@@ -119,7 +123,8 @@ class HeadPoint:
 
 
 def head_topk_rows(machine: Machine, quick: bool) -> Iterator[Row]:
-    """Both heads in bf16 and int8 at decode sizes, torch's matmul alone and with log_softmax and topk beside them."""
+    """Both heads in bf16, int8 and int8 with int8 rows at decode sizes; beside them torch's matmul alone, and with
+    log_softmax and topk."""
     del machine
     for vocab_size, num_features in HEADS:
         anchors: dict[int, dict[str, float]] = {}
@@ -130,5 +135,7 @@ def head_topk_rows(machine: Machine, quick: bool) -> Iterator[Row]:
                 if bits == 16:
                     anchors[num_rows] = point.anchors_us()
                 yield point.row(anchors[num_rows])
+                if bits == 8:
+                    yield bed.point(num_rows, int8_rows=True).row(anchors[num_rows])
             del bed, point
             torch.cuda.empty_cache()

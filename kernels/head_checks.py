@@ -13,6 +13,7 @@ from kernels.compile_ahead import Job
 from kernels.head_topk import HeadTiles, Int8Head, TopTokens, head_topk, quantize_head
 from kernels.head_topk.jobs import head_jobs
 from kernels.head_topk.tiles import default_tiles
+from kernels.quantized_rows import QuantizedRows, quantize_rows
 
 # Largest error of a log-probability, absolute: the operands are taken as they are, and products are added in fp32.
 HEAD_LIMIT = 2e-4
@@ -21,7 +22,8 @@ _EXTRA_COLUMNS = 3  # of the scratch: a row of logits need not be aligned
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HeadCase:
-    """One call: sizes, bits of the weight (8 or the activations' own, 16), tiles (None: those a user gets)."""
+    """One call: sizes, bits of the weight (8 or the activations' own, 16), tiles (None: those a user gets), int8_rows: rows
+    as `QuantizedRows`, whatever dtype is asked for."""
 
     num_rows: int
     num_features: int
@@ -29,6 +31,7 @@ class HeadCase:
     k: int
     bits: int = 16
     tiles: HeadTiles | None = None
+    int8_rows: bool = False
 
     @property
     def name(self) -> str:
@@ -39,7 +42,13 @@ class HeadCase:
             if t
             else "default"
         )
-        return f"R{self.num_rows}-D{self.num_features}-V{self.vocab_size}-k{self.k}-b{self.bits}-{tiles}"
+        return (
+            f"R{self.num_rows}-D{self.num_features}-V{self.vocab_size}-k{self.k}-b{self.bits}{'x8' * self.int8_rows}-{tiles}"
+        )
+
+    def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of the rows' numbers in memory, when the case runs in `dtype`."""
+        return torch.int8 if self.int8_rows else dtype
 
 
 SMALL_HEADS = (
@@ -51,6 +60,11 @@ SMALL_HEADS = (
     HeadCase(34, 32, 127, 2, tiles=HeadTiles(64, 32, 16, block_features=32, slice_rows=16, gated=True, tma=True)),
     HeadCase(2, 24, 18, 17, tiles=HeadTiles(16, 16, block_features=16)),
     HeadCase(2, 32, 100, 2),
+    HeadCase(3, 33, 129, 16, bits=8, tiles=HeadTiles(64, 16, block_features=32), int8_rows=True),
+    HeadCase(
+        34, 48, 127, 2, bits=8, tiles=HeadTiles(64, 32, 16, block_features=32, slice_rows=16, gated=True), int8_rows=True
+    ),
+    HeadCase(2, 32, 100, 8, bits=8, int8_rows=True),
 )
 
 LARGE_HEADS = tuple(
@@ -68,6 +82,15 @@ LARGE_HEADS = tuple(
         (1024, 2, HeadTiles(128, 128, warps=8, gated=True)),
     )
     if bits == 16 or tiles is None or not tiles.tma
+) + tuple(
+    HeadCase(rows, features, vocab, k, 8, tiles, int8_rows=True)
+    for features, vocab in ((1024, 32001), (2048, 8191), (112, 8129))
+    for rows, k, tiles in (
+        (1, 2, None),
+        (17, 17, HeadTiles(128, 32, block_features=64)),
+        (320, 8, None),
+        (161, 10, HeadTiles(128, 128, 32, warps=8, gated=True)),
+    )
 )
 
 # Hopper's own kernel; what it leaves over at every edge: rows, logits (an empty last half), features, groups of thresholds
@@ -83,6 +106,17 @@ HOPPER_HEADS = tuple(
         (511, 2048, 8191, 10, True, (128, 256, 0, 64, 4, 4)),
         (1024, 64, 320, 1, True, (128, 256, 64, 64, 4, 4)),
     )
+) + tuple(
+    HeadCase(rows, features, vocab, k, 8, HeadTiles(*tiles, specialized=True, tma=True, gated=gated), int8_rows=True)
+    for rows, features, vocab, k, gated, tiles in (
+        (1, 1024, 32001, 2, True, (128, 128, 0, 128, 4, 3)),
+        (64, 2048, 8191, 17, False, (256, 128, 0, 128, 4, 4)),
+        (129, 112, 8129, 8, True, (128, 128, 64, 64, 4, 5)),
+        (161, 96, 8193, 8, False, (256, 128, 64, 32, 4, 8)),
+        (320, 1024, 32001, 16, True, (128, 256, 64, 128, 4, 4)),
+        (511, 2048, 8191, 10, True, (128, 256, 0, 128, 4, 4)),
+        (1024, 64, 320, 1, True, (128, 256, 64, 64, 4, 4)),
+    )
 )
 
 
@@ -94,7 +128,7 @@ def large_heads(device: torch.device, dtype: torch.dtype) -> tuple[HeadCase, ...
 
 def head_inputs(
     case: HeadCase, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor | Int8Head, torch.Tensor]:
+) -> tuple[torch.Tensor | QuantizedRows, torch.Tensor | Int8Head, torch.Tensor]:
     """x, the head with NaN (int8: huge) padding rows, and one banned token a row (for the first rows their best one)."""
     generator = torch.Generator(device).manual_seed(case.num_rows)
     x = torch.randn(case.num_rows, case.num_features, generator=generator, device=device).to(dtype)
@@ -105,9 +139,10 @@ def head_inputs(
         head = quantize_head(matrix)
         head.codes[case.vocab_size :] = 127
         head.scales[case.vocab_size :] = 1e30
-        best = (x.double() @ head.dequantized(torch.float64)[: case.vocab_size].T).argmax(1)
+        rows: torch.Tensor | QuantizedRows = quantize_rows(x) if case.int8_rows else x
+        best = (_floats(rows, torch.float64) @ head.dequantized(torch.float64)[: case.vocab_size].T).argmax(1)
         banned[: case.num_rows // 2 + 1] = best[: case.num_rows // 2 + 1].int()
-        return x, head, banned
+        return rows, head, banned
     weight = matrix.to(dtype)
     weight[case.vocab_size :] = float("nan")
     best = (x.double() @ weight.double()[: case.vocab_size].T).argmax(1)
@@ -115,9 +150,13 @@ def head_inputs(
     return x, weight, banned
 
 
+def _floats(x: torch.Tensor | QuantizedRows, dtype: torch.dtype) -> torch.Tensor:
+    return x.dequantize(dtype) if isinstance(x, QuantizedRows) else x.to(dtype)
+
+
 def head_error(
     out: TopTokens,
-    x: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
     weight: torch.Tensor | Int8Head,
     vocab_size: int,
     banned: torch.Tensor | None = None,
@@ -128,7 +167,7 @@ def head_error(
     Tokens are judged by their own true log-probability: two that differ by less than rounding may change places.
     """
     matrix = weight.dequantized(dtype) if isinstance(weight, Int8Head) else weight.to(dtype)
-    logits = x.to(dtype) @ matrix[:vocab_size].T
+    logits = _floats(x, dtype) @ matrix[:vocab_size].T
     lse = torch.logsumexp(logits, 1)
     ids = out.token_ids.long()
     if ((ids < 0) | (ids >= vocab_size)).any() or (ids.sort(1).values.diff(dim=1) == 0).any():
@@ -180,8 +219,8 @@ def head_check_jobs(dtype: torch.dtype) -> list[Job]:
             c.vocab_size,
             c.k,
             c.bits,
-            c.tiles or default_tiles(c.num_rows, dtype),
-            dtype,
+            c.tiles or default_tiles(c.num_rows, c.row_dtype(dtype)),
+            c.row_dtype(dtype),
             has_banned=ban,
         )
     ]

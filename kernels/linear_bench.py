@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional
 
+from kernels.add_layernorm import add_layernorm_int8_reference
 from kernels.bench_rows import Machine, Row
 from kernels.embed import embed, embed_reference
+from kernels.quantized_rows import QuantizedRows
 from kernels.small_linear import (
     FoldedLinear,
     Int8Linear,
@@ -36,7 +38,8 @@ _POSITIONS = 64
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LinearShape:
-    """One linear map of a decoder layer and what is fused with it."""
+    """One linear map of a decoder layer and what is fused with it. int8_rows: the norm is taken by a launch before, which
+    leaves int8 rows for int8 weights."""
 
     name: str
     n: int
@@ -45,6 +48,7 @@ class LinearShape:
     relu: bool = False
     residual: bool = False
     cache: bool = False
+    int8_rows: bool = False
 
 
 def layer_shapes(d: int) -> tuple[LinearShape, ...]:
@@ -56,6 +60,11 @@ def layer_shapes(d: int) -> tuple[LinearShape, ...]:
         LinearShape("ffn1", 4 * d, d, norm=True, relu=True),
         LinearShape("ffn2", d, 4 * d, residual=True),
     )
+
+
+def int8_rows_shapes(d: int) -> tuple[LinearShape, ...]:
+    """Those of them behind a norm, with int8 rows."""
+    return tuple(dataclasses.replace(shape, int8_rows=True) for shape in layer_shapes(d) if shape.norm)
 
 
 LINEAR_SHAPES = (*layer_shapes(1024), *layer_shapes(2048))
@@ -129,10 +138,11 @@ class LinearPoint:
     def run(self, index: int, tiles: LinearTiles | None, result: torch.Tensor) -> torch.Tensor:
         """The op with weight `index`."""
         shape, (weight, bias) = self.bed.shape, self.bed.maps[index]
+        x = self.quantized if shape.int8_rows else self.x
         if self.cache is not None:
-            return qkv_linear(self.x, weight, bias, *self.cache, q_out=result, tiles=tiles, scratch=self.scratch)
+            return qkv_linear(x, weight, bias, *self.cache, q_out=result, tiles=tiles, scratch=self.scratch)
         return small_linear(
-            self.x,
+            x,
             weight,
             bias,
             relu=shape.relu,
@@ -143,13 +153,19 @@ class LinearPoint:
         )
 
     @functools.cached_property
+    def quantized(self) -> QuantizedRows:
+        """The rows as the norm's launch leaves them for a folded norm."""
+        return add_layernorm_int8_reference(self.x, None, None, None)[1]
+
+    @functools.cached_property
     def truth(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Result and cells of the first call, from fp64."""
         shape, (weight, bias) = self.bed.shape, self.bed.maps[0]
+        x = self.quantized if shape.int8_rows else self.x
         if self.cache is not None:
-            return qkv_linear_reference(self.x, weight, bias, *self.cache)
-        residual = self.result if shape.residual else None
-        return small_linear_reference(self.x, weight, bias, relu=shape.relu, residual=residual), None
+            return qkv_linear_reference(x, weight, bias, *self.cache)
+        residual, dtype = self.result if shape.residual else None, self.result.dtype
+        return small_linear_reference(x, weight, bias, relu=shape.relu, residual=residual, out_dtype=dtype), None
 
     @functools.cached_property
     def cell_index(self) -> torch.Tensor:
@@ -197,15 +213,16 @@ class LinearPoint:
         """Weights, rows in, results out (a residual is read too), each once."""
         shape, rows = self.bed.shape, self.x.shape[0]
         out = rows * shape.n * 2 * (2 if shape.residual else 1)
-        return shape.n * shape.k * self.bed.bits // 8 + rows * shape.k * 2 + out
+        return shape.n * shape.k * self.bed.bits // 8 + rows * shape.k * (1 if shape.int8_rows else 2) + out
 
 
 def small_linear_rows(machine: Machine, quick: bool) -> Iterator[Row]:
-    """Every linear map of a layer, bf16 and int8 weights, torch beside them."""
+    """Every linear map of a layer, bf16 and int8 weights, and int8 rows behind norms; torch beside them."""
     del machine
-    for shape in LINEAR_SHAPES:
+    for plain in LINEAR_SHAPES:
         anchors: dict[int, dict[str, float]] = {}
-        for bits in (16, 8):
+        for bits, kind in ((16, "bf16"), (8, "int8"), (8, "int8 rows"))[: 3 if plain.norm else 2]:
+            shape = dataclasses.replace(plain, int8_rows=kind == "int8 rows")
             bed = LinearBed.build(shape, bits)
             for rows in (1, 64, 320) if quick else (1, 4, 16, 64, 128, 320, 1024):
                 point = bed.point(rows)
@@ -213,7 +230,7 @@ def small_linear_rows(machine: Machine, quick: bool) -> Iterator[Row]:
                     anchors[rows] = point.anchors_us()
                 error = point.error(None)
                 us = point.time_us(None) if error <= LINEAR_LIMIT else 0.0
-                name = f"{shape.name} {shape.k}->{shape.n} {'bf16' if bits == 16 else 'int8'} R={rows}"
+                name = f"{shape.name} {shape.k}->{shape.n} {kind} R={rows}"
                 flops = 2.0 * rows * shape.n * shape.k
                 yield Row(
                     "small_linear", name, us, error, LINEAR_LIMIT, point.bytes_touched, flops, anchors_us=anchors[rows]

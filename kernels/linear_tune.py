@@ -1,4 +1,4 @@
-"""Offline sweep of small-linear tiles: python -m kernels.linear_tune --out DIR [--limit-s 300] [--bits 16 8].
+"""Offline sweep of small-linear tiles: python -m kernels.linear_tune --out DIR [--limit-s 300] [--bits 16 8] [--int8-rows].
 
 Compiles the candidates ahead in a pool, then checks and times them breadth first (every shape and size gets its next few
 before any gets more), torch's GEMM among them. Writes DIR/linear_sweep.jsonl as it goes and DIR/small_linear.json (the
@@ -19,62 +19,15 @@ from typing import Any
 import torch
 
 from kernels.compile_ahead import compile_ahead
-from kernels.launch import next_power_of_two
-from kernels.linear_bench import LINEAR_LIMIT, LinearBed, LinearPoint, LinearShape, layer_shapes
+from kernels.linear_bench import LINEAR_LIMIT, LinearBed, LinearPoint, LinearShape, int8_rows_shapes, layer_shapes
+from kernels.linear_candidates import candidates, int8_rows_candidates
 from kernels.small_linear import LinearTiles
-from kernels.small_linear.jobs import linear_jobs
+from kernels.small_linear.jobs import int8_rows_jobs, linear_jobs
 from kernels.tune import certificate
 
 SIZES = (1, 16, 32, 64, 128, 320)
 _ROUND = 6  # candidates of one point before the next point's turn
 _SHARED = 232448
-
-# (bn, bk, br, warps, stages), most promising first
-_FEW_ROWS = [
-    (16, 256, 16, 4, 4),
-    (32, 128, 16, 4, 5),
-    (16, 256, 16, 2, 4),
-    (16, 128, 16, 2, 6),
-    (32, 256, 16, 4, 4),
-    (64, 128, 16, 4, 4),
-    (16, 512, 16, 4, 3),
-    (32, 128, 16, 2, 6),
-    (16, 128, 16, 4, 8),
-    (64, 64, 16, 4, 6),
-    (32, 256, 16, 8, 3),
-    (64, 256, 16, 4, 3),
-    (128, 128, 16, 4, 4),
-]
-_MORE_ROWS = [
-    (64, 128, 32, 4, 4),
-    (32, 128, 32, 4, 4),
-    (64, 64, 64, 4, 5),
-    (64, 128, 64, 4, 4),
-    (32, 128, 64, 4, 4),
-    (16, 128, 32, 4, 5),
-    (16, 256, 32, 4, 3),
-    (128, 64, 64, 4, 5),
-    (128, 128, 64, 8, 3),
-    (64, 128, 64, 8, 4),
-    (64, 64, 128, 4, 4),
-    (128, 64, 128, 8, 4),
-    (128, 64, 128, 4, 4),
-    (64, 128, 128, 8, 3),
-]
-# for Hopper's own kernel, from 5 rows on
-_SPECIALIZED = [
-    (64, 128, 16, 4, 8),
-    (64, 256, 16, 4, 5),
-    (128, 128, 16, 4, 4),
-    (64, 128, 32, 4, 8),
-    (128, 128, 32, 4, 4),
-    (64, 128, 64, 4, 5),
-    (128, 128, 64, 4, 4),
-    (256, 64, 64, 8, 5),
-    (128, 64, 128, 8, 6),
-]
-_NO_DOT = [(4, 1), (8, 2), (8, 4), (4, 2), (16, 4), (4, 8), (2, 4), (8, 8)]  # (bn, warps), for 1 to 4 rows
-_FIXED = [(64, 128, 16, 4, 4), (64, 128, 32, 4, 4), (64, 64, 64, 4, 5)]  # timed at every size, for the fixed-order mode
 
 
 Point = tuple[LinearShape, int, int]  # shape, bits, rows
@@ -82,54 +35,11 @@ Plan = dict[Point, list[LinearTiles]]
 Variant = tuple[LinearShape, int, LinearTiles]
 
 
-def candidates(shape: LinearShape, rows: int, *, overlap: bool = False) -> list[LinearTiles]:
-    """Tiles worth timing, likely ones first: torch's GEMM, those of the fixed-order mode (same at every size), then every
-    width in its plainest form, then with one thing changed, then with more."""
-    found = {LinearTiles(library=True): -2} | dict.fromkeys(fixed_candidates(shape, overlap=overlap), -1)
-    if rows <= 4:
-        no_dot = [LinearTiles(bn, br=next_power_of_two(rows), warps=warps, overlap=overlap) for bn, warps in _NO_DOT]
-        found |= dict.fromkeys(no_dot, 0)
-    found |= dict.fromkeys(specialized_candidates(shape, rows, overlap=overlap), 0)
-    sets = (_FEW_ROWS if rows <= 32 else []) + ([t for t in _MORE_ROWS if t[2] <= rows] if rows > 16 else [])
-    for place, (bn, bk, br, warps, stages) in enumerate(sets):
-        programs = -(-shape.n // bn) * -(-rows // br)
-        splits = [s for s in (1, 2, 4, 8) if s == 1 or (shape.k >= 2 * bk * s and programs * s <= 800)]
-        splits.sort(key=lambda s: abs(math.log2(programs * s / 160)))  # about one program for each multiprocessor
-        fuse = [True, False] if shape.norm else [True]  # False: statistics of the rows by a launch of their own
-        for changed, split in enumerate(splits[:3]):
-            for own_launch, fused in enumerate(fuse):
-                for prefetch in (False, True) if split == 1 and rows <= 64 else (False,):
-                    tiles = LinearTiles(bn, bk, br, split, warps, stages, fused, prefetch, overlap)
-                    found.setdefault(tiles, changed + own_launch + prefetch + place // 8)
-                    if shape.norm and fused and br == 64:
-                        found.setdefault(dataclasses.replace(tiles, gram=True), changed + prefetch + place // 8)
-    return sorted(found, key=found.__getitem__)
-
-
-def specialized_candidates(shape: LinearShape, rows: int, *, overlap: bool = False) -> list[LinearTiles]:
-    """Tiles of Hopper's own kernel, which takes 16-bit weights only."""
-    features = shape.n // 3 if shape.cache else shape.n
-    return [
-        LinearTiles(bn, bk, br, 1, warps, stages, fused, prefetch=True, overlap=overlap, specialized=True)
-        for bn, bk, br, warps, stages in _SPECIALIZED
-        if rows > 4 and br // 2 < rows <= 16 * br and features % bn == 0 and shape.k % bk == 0
-        for fused in ((True, False) if shape.norm else (True,))
-    ]
-
-
-def fixed_candidates(shape: LinearShape, *, overlap: bool = False) -> list[LinearTiles]:
-    """Tiles for the mode in which a row's bits depend on nothing else."""
-    found = []
-    for bn, bk, br, warps, stages in _FIXED:
-        for fused in (True, False) if shape.norm else (True,):
-            splits = [s for s in (1, 4) if shape.k >= 2 * bk * s]
-            found += [LinearTiles(bn, bk, br, s, warps, stages, fused, overlap=overlap) for s in splits]
-    return found
-
-
 def jobs_of(shape: LinearShape, bits: int, tiles: LinearTiles) -> list[Any]:
     """Compile jobs of one variant."""
     mode = 2 if shape.cache else 1 if shape.residual else 0
+    if shape.int8_rows:
+        return int8_rows_jobs(shape.n, shape.k, tiles, folded=shape.norm, relu=shape.relu, mode=mode, hopper=True)
     options = {"norm": shape.norm, "relu": shape.relu, "mode": mode, "hopper": True}
     return linear_jobs(shape.n, shape.k, tiles, int8=bits == 8, **options)  # type: ignore[arg-type]
 
@@ -190,19 +100,23 @@ def summarize(out: Path) -> None:
     best: dict[tuple[Any, ...], dict[LinearTiles, float]] = {}
     wrong = 0
     for r in records:
-        key = (r["shape"]["n"], r["shape"]["k"], r["bits"], int(r["shape"]["norm"]), r["rows"])
+        own = r["shape"]
+        key = (own["n"], own["k"], r["bits"], int(own["norm"]), bool(own.get("int8_rows")), r["rows"])
         if r["us"] is None:
             wrong += 1
         else:
             best.setdefault(key, {})[LinearTiles(**r["tiles"])] = r["us"]
     entries = []
     for key, times in sorted(best.items()):
-        n, k, bits, norm, rows = key
+        n, k, bits, norm, int8_rows, rows = key
         ranked = sorted(times.items(), key=lambda item: item[1])
         library = next((us for tiles, us in ranked if tiles.library), None)
-        head = f"{k:5}->{n:<5} bits={bits:<2} norm={norm} R={rows:<4} library {f'{library:6.2f}' if library else '     -'}  "
+        kind = f"bits={bits:<2}" if not int8_rows else "int8 rows"
+        head = f"{k:5}->{n:<5} {kind} norm={norm} R={rows:<4} library {f'{library:6.2f}' if library else '     -'}  "
         print(head + " | ".join(f"{us:.2f} {tiles_key(tiles)}" for tiles, us in ranked[:3]), flush=True)
         shape = {"n": n, "k": k, "bits": bits, "norm": norm, "fixed": 0}
+        if int8_rows:
+            shape = {"n": n, "k": k, "int8_rows": 1}
         entries.append({"shape": shape, "max_size": rows, "choice": choice_of(ranked[0][0]), "us": ranked[0][1]})
     entries += fixed_entries(best)
     device = records[0]["device"] if records else "unknown"
@@ -214,8 +128,8 @@ def summarize(out: Path) -> None:
 def fixed_entries(best: dict[tuple[Any, ...], dict[LinearTiles, float]]) -> list[dict[str, Any]]:
     """For each shape the tiles with the least product of times over all sizes: one choice for every number of rows."""
     entries = []
-    for n, k, bits, norm in sorted({key[:4] for key in best}):
-        tables = [times for key, times in best.items() if key[:4] == (n, k, bits, norm)]
+    for n, k, bits, norm in sorted({key[:4] for key in best if not key[4]}):  # int8 rows have the same bits in any tiles
+        tables = [times for key, times in best.items() if key[:5] == (n, k, bits, norm, False)]
         everywhere = [t for t in tables[0] if not t.library and all(t in table for table in tables)]
         if everywhere:
             mean = {t: math.exp(sum(math.log(table[t]) for table in tables) / len(tables)) for t in everywhere}
@@ -246,12 +160,29 @@ def tiles_key(tiles: LinearTiles) -> str:
     return " ".join([sizes, *(flag for flag, on in flags.items() if on)])
 
 
+def sweep_plan(options: argparse.Namespace) -> Plan:
+    """What to time at which points. torch has no GEMM over int8 weights, Hopper's own kernel none of 16-bit rows by them."""
+    if options.int8_rows:
+        points = [(shape, 8, rows) for rows in options.sizes for d in options.d for shape in int8_rows_shapes(d)]
+        return {point: int8_rows_candidates(point[0], point[2])[: options.candidates] for point in points}
+    points = [(s, b, r) for b in options.bits for r in options.sizes for d in options.d for s in layer_shapes(d)]
+    return {
+        p: [t for t in candidates(p[0], p[2], overlap=options.overlap) if p[1] == 16 or not (t.library or t.specialized)][
+            : options.candidates
+        ]
+        for p in points
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")), help="folder for the results")
     parser.add_argument("--d", nargs="+", type=int, default=[1024, 2048], help="d_model of the layers to tune")
     parser.add_argument("--bits", nargs="+", type=int, default=[16, 8], choices=[16, 8])
+    parser.add_argument(
+        "--int8-rows", action="store_true", help="maps behind norms with int8 rows and weights, nothing else"
+    )
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="numbers of rows")
     parser.add_argument("--overlap", action="store_true", help="launches may overlap the kernel before them: see tiles.py")
     parser.add_argument("--candidates", type=int, default=36, help="at most so many a point")
@@ -260,14 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.summarize:
-        points = [(s, b, r) for b in options.bits for r in options.sizes for d in options.d for s in layer_shapes(d)]
-        # torch has no GEMM over int8 weights, Hopper's own kernel none either
-        plan = {
-            p: [
-                t for t in candidates(p[0], p[2], overlap=options.overlap) if p[1] == 16 or not (t.library or t.specialized)
-            ][: options.candidates]
-            for p in points
-        }
+        plan = sweep_plan(options)
         measure(plan, compile_variants(plan), options.out, options.limit_s)
     summarize(options.out)
     return 0

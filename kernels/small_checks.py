@@ -9,26 +9,26 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels.attention_checks import CrossCase, EncoderCase, GroupCase, SelfCase, check_inputs, make_inputs
+from kernels.attention_checks import Case, check_inputs, make_inputs
 from kernels.cases import PRECISIONS
-from kernels.checks import (
-    LIMITS,
-    ExpertCase,
-    check_add_layernorm,
-    check_expert_case,
-    check_route,
-)
+from kernels.checks import LIMITS
 from kernels.compile_ahead import Job
+from kernels.cross_attention_checks import CrossCase
+from kernels.encoder_attention_checks import EncoderCase
+from kernels.expert_checks import ExpertCase, check_expert_case
 from kernels.expert_gemm import FfnTiles
 from kernels.expert_gemm.jobs import ffn_jobs
 from kernels.head_checks import HEAD_LIMIT, HeadCase, check_head_case
 from kernels.head_topk import HeadTiles
 from kernels.head_topk.jobs import head_jobs
 from kernels.head_topk.tiles import default_tiles as default_head_tiles
+from kernels.layernorm_checks import check_add_layernorm
 from kernels.linear_checks import LinearCase, check_embed, check_qkv_linear, check_small_linear
 from kernels.replay_memory import EXPERT_TILES, TINY
 from kernels.replay_sets import record_sets
 from kernels.replay_step import Step
+from kernels.route_checks import check_route
+from kernels.self_attention_checks import GroupCase, SelfCase
 from kernels.small_linear import LinearTiles
 from kernels.small_linear.jobs import linear_jobs
 from kernels.small_linear.tiles import default_tiles as default_linear_tiles
@@ -46,7 +46,7 @@ HOPPER_EXPERT_CASES = (
     ExpertCase(19, 512, 512, 3, 2, _W4, FfnTiles(32, 128, 64, stages=2, programs_per_sm=1, pipelined=True), "few"),
     ExpertCase(37, 512, 256, 2, 1, _W8, FfnTiles(32, 64, 128, stages=2, programs_per_sm=1, pipelined=True), "one"),
 )
-ATTENTION_CASES: tuple[SelfCase | GroupCase | CrossCase | EncoderCase, ...] = (
+ATTENTION_CASES: tuple[Case, ...] = (
     SelfCase(3, 32, (5, 0, 17, 33)),
     SelfCase(2, 64, (9, 9, 9, 37, 37, 37, 1), beam=3, max_positions=40),
     CrossCase(3, 32, (4, 0, 8, 1), (24, 10, 33, 65)),

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from app.autoscaling.planner import PoolPlan
-from app.metrics import AutoscalingMetrics
+from app.metric_recorders import AutoscalingMetrics
 
 log = logging.getLogger("ray.serve")
 

@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+from app.devices import require_device
 from engine.bench.shapes import GRID, PEERS, QUICK_GRID, SHAPES, Variant, parse_cells
 from engine.config import PRECISIONS, QuantScheme
 
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     options = BenchOptions(
         shape=args.shape,
         checkpoint=args.checkpoint,
-        device=_device(args.device),
+        device=require_device(args.device),
         cells=parse_cells(args.cells) if args.cells else quick_or_all,
         peers=_peers(args.peers),
         variants=tuple(dict.fromkeys(Variant.parse(part) for part in (args.precisions or default).split(","))),
@@ -126,7 +127,7 @@ def _write(args: argparse.Namespace) -> int:
         raise ValueError(f"--write --precisions {args.precisions}: choose fp16 or one quantized precision, such as w4a16")
     torch.set_num_threads(_at_least_1("--threads", args.threads))
     started = time.monotonic()
-    weights = RandomWeights(SHAPES[args.shape], torch.device(_device(args.device)), args.seed)
+    weights = RandomWeights(SHAPES[args.shape], torch.device(require_device(args.device)), args.seed)
     num_bytes = write_checkpoint(weights, args.write, scheme, progress=sys.stderr.isatty())
     print(f"{args.write}: {args.shape}, {num_bytes / 1e9:.2f} GB written in {time.monotonic() - started:.1f} s")
     return 0
@@ -146,11 +147,3 @@ def _at_least_1(option: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{option} is {value}; it must be at least 1")
     return value
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu --shape tiny")
-    return name

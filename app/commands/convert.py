@@ -7,6 +7,7 @@ load gives; serve it at the precision it was converted to.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from engine.config import PRECISIONS, QuantScheme
@@ -25,15 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, then say how large the errors are."""
+    from safetensors import SafetensorError
+
     from app.cli import CommandError
     from engine.weights.conversion import convert
 
     scheme = QuantScheme.from_name(args.precision)
     assert scheme is not None  # argparse let only quantized precisions through
     try:
-        manifest = convert(args.checkpoint, args.out, scheme)
+        manifest = convert(args.checkpoint, args.out, scheme, progress=sys.stderr.isatty())
     except FileExistsError as error:
         raise CommandError(str(error)) from error
+    except SafetensorError as error:  # how its writer says that the disk is full
+        raise CommandError(f"{args.out} cannot be written, and nothing of it was kept: {error}") from error
     errors = manifest.relative_errors.values()
     print(f"{args.out}: {len(errors)} expert matrices as {scheme.name}, relative error at most {max(errors):.4f}")
     return 0

@@ -7,9 +7,12 @@ exact match and the share of outputs that keep every placeholder and tag, one ro
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 from pathlib import Path
 
+from app.devices import require_device
+from app.precision import default_precision
 from app.settings import Environment
 from engine.config import PRECISIONS, EngineConfig
 from engine.types import SearchOptions
@@ -23,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="default: the demonstration model")
     parser.add_argument(
-        "--precision", action="append", choices=PRECISIONS, help="of the expert weights; may be repeated; default w4a16"
+        "--precision",
+        action="append",
+        choices=PRECISIONS,
+        help="of the expert weights; may be repeated; default: that of a converted checkpoint, else w4a16",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--pair", action="append", metavar="SRC-TGT", help="FLORES-200 codes; may be repeated")
@@ -40,10 +46,13 @@ def run(args: argparse.Namespace) -> int:
     from engine.demo.evaluation import directions_of, evaluate, report, table
     from engine.translator import Translator
 
+    if args.out and not args.out.parent.is_dir():  # known now, not after the hour that it may take
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(args.out.parent))
+    require_device(args.device)
     checkpoint = args.checkpoint or Environment.read().checkpoint
     search = SearchOptions(beam_size=args.beam_size)
     scores = {}
-    for precision in args.precision or ["w4a16"]:
+    for precision in args.precision or [default_precision(checkpoint, "w4a16")]:
         translator = Translator.load(checkpoint, EngineConfig(device=args.device, precision=precision))
         if args.pair:
             directions = [tuple(pair.split("-", 1)) for pair in args.pair]

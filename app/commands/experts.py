@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app.devices import require_device
+from app.precision import default_precision
 from app.settings import Environment
 from engine.config import PRECISIONS, EngineConfig
 from engine.types import SearchOptions
@@ -33,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", type=Path, metavar="YAML", help="texts by source language (default: held-out texts)")
     parser.add_argument("--limit", type=int, default=20, metavar="N", help="texts a pair (%(default)s)")
     parser.add_argument("--beam-size", type=int, default=4, metavar="N", help="%(default)s")
-    parser.add_argument("--precision", choices=PRECISIONS, default="w8a16", help="of the expert weights (%(default)s)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="of the expert weights (default: that of a converted checkpoint, else w8a16)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda, in plain torch (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the counts here")
@@ -48,12 +52,14 @@ def run(args: argparse.Namespace) -> int:
 
     if args.limit < 1 or args.threads < 1:
         raise ValueError("--limit and --threads are at least 1")
+    require_device(args.device)
     checkpoint = args.checkpoint or Environment.read().checkpoint
     texts = _texts(args, checkpoint)
-    config = EngineConfig(device=args.device, precision=args.precision, num_threads=args.threads)
+    precision = args.precision or default_precision(checkpoint)
+    config = EngineConfig(device=args.device, precision=precision, num_threads=args.threads)
     counted = count_experts(checkpoint, texts, config, SearchOptions(beam_size=args.beam_size))
     found = list(tqdm(counted, total=len(texts), unit="pair", desc="experts", disable=None))
-    what = f"{sum(map(len, texts.values()))} texts of {len(texts)} pairs, beam {args.beam_size}, {args.precision}"
+    what = f"{sum(map(len, texts.values()))} texts of {len(texts)} pairs, beam {args.beam_size}, {precision}"
     name = checkpoint.name if args.checkpoint else "demonstration model"
     counts = {"-".join(pair): rows.astype(float) for pair, _, rows in found}
     usage = ExpertUsage(name, found[0][2].shape[1], found[0][1], counts, what)

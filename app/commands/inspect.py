@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from app.precision import default_precision
 from app.settings import Environment
 from engine.config import PRECISIONS
 
@@ -23,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="NLLB-MoE checkpoint; default: the demo model"
     )
     parser.add_argument(
-        "--precision", action="append", choices=PRECISIONS, help="of the expert weights; may be repeated; default w8a16"
+        "--precision",
+        action="append",
+        choices=PRECISIONS,
+        help="of the expert weights; may be repeated; default: that of a converted checkpoint, else w8a16",
     )
 
 
@@ -33,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     checkpoint = args.checkpoint or Environment.read().checkpoint
     print(f"checkpoint       {checkpoint}")
-    for precision in args.precision or ["w8a16"]:
+    for precision in args.precision or [default_precision(checkpoint)]:
         print()
         print(inspect_checkpoint(checkpoint, precision))
     return 0

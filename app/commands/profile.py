@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app.devices import require_device
+from app.precision import default_precision
 from app.settings import Environment
 from engine.config import PRECISIONS, EngineConfig, ModelConfig
 
@@ -37,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="default: the demonstration model")
     model.add_argument("--shape", choices=_SHAPES, help="a random model of this shape instead")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="w8a16", help="of the expert weights (%(default)s)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="of the expert weights (default: that of a converted checkpoint, else w8a16)"
+    )
     parser.add_argument("--beam-size", type=int, default=4, metavar="N", help="%(default)s")
     parser.add_argument("--max-rows", type=int, default=128, metavar="N", help="live beams the engine holds (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (%(default)s)")
@@ -75,10 +79,14 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.cpu_time and (args.device != "cpu" or args.threads != 1):
         raise CommandError("--cpu-time is for --device cpu and --threads 1")
-    config = EngineConfig(
-        device=args.device, precision=args.precision, max_rows=args.max_rows, max_waiting=4096, num_threads=args.threads
-    )
+    require_device(args.device)
     checkpoint = args.checkpoint or Environment.read().checkpoint
+    if not args.shape:  # the first measurement is a process of its own, which could not say what is wrong so well
+        ModelConfig.from_checkpoint(checkpoint)
+    precision = args.precision or ("w8a16" if args.shape else default_precision(checkpoint))
+    config = EngineConfig(
+        device=args.device, precision=precision, max_rows=args.max_rows, max_waiting=4096, num_threads=args.threads
+    )
     if args.validate:
         if args.shape:
             raise CommandError("--validate translates sentences, which a random model cannot; leave --shape out")

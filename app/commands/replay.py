@@ -1,5 +1,4 @@
-"""Replay a traffic trace against the scaling policy: what it would cost, what share would be in time, and what others
-would cost.
+"""Replay a traffic trace against the scaling policy: its cost and its share in time, beside those of other policies.
 
 The trace is a CSV of one's own (`time,requests`, equal windows) or one that ships: m-large (14 days of a large service,
 bursty) or taxi (8 weeks, smooth). The first part is for tuning, the rest is judged, beside a plan that knew everything

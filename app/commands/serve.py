@@ -1,12 +1,13 @@
 """Serve translations over HTTP on this machine, until Ctrl-C.
 
-Starts Ray, deploys a Serve YAML, waits until every pool answers and prints one line with a request to try. Ctrl-C or SIGTERM
-takes down everything it started. On a cluster use Ray's own `serve deploy` with the same file.
+Starts Ray, deploys a Serve YAML, waits until every pool answers and prints one line with a request to try. Ctrl-C, SIGTERM
+or a closed terminal takes down everything it started. On a cluster use Ray's own `serve deploy` with the same file.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from app.local_cluster import STOP_SIGNALS
 from app.settings import resolve_checkpoint
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         from app.serve_config import load_serve_config
 
         config = load_serve_config(args.config or resolve_checkpoint(_DEFAULT_CONFIG), host=args.host, port=args.port)
+        if ":" in config.http_options.host and args.proxy != "python":  # what Serve writes for HAProxy does not work there
+            raise LocalClusterError(f"{config.http_options.host} is an IPv6 address: add --proxy python")
         require_free_port(config.http_options.host, config.http_options.port)
         print("Starting Ray and loading the model ...", file=sys.stderr, flush=True)
         _interrupt_on_signals()
@@ -64,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"babelephant: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
+        with contextlib.suppress(OSError):  # of a terminal that was closed
+            print("Stopped.", file=sys.stderr)
     return 0
 
 
@@ -72,8 +77,9 @@ def _interrupt_on_signals() -> None:
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    for signum in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell ignores it for what it starts in the background
-        signal.signal(signum, interrupt)
+    for signum in STOP_SIGNALS:  # SIGINT too: a shell ignores it for what it starts in the background
+        if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:  # nohup means it
+            signal.signal(signum, interrupt)
 
 
 def _ready_line(config: ServeDeploySchema, url: str, seconds: float) -> str:

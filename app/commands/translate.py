@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from app.devices import require_device
+from app.precision import default_precision
 from app.settings import Environment, PoolSettings
 from app.text.languages import resolve_language
 from app.text.lines import join_lines, split_lines
@@ -29,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", required=True, metavar="LANG", help="source language: en, pt-BR, eng_Latn")
     parser.add_argument("--to", dest="target", required=True, metavar="LANG", help="target language")
     parser.add_argument("--beam-size", type=int, default=4, metavar="N", help="1 (greedy) to 8; default 4")
-    parser.add_argument("--precision", choices=PRECISIONS, default="w8a16", help="of the expert weights; default w8a16")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="of the expert weights; default: that of a converted checkpoint, else w8a16"
+    )
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="NLLB-MoE checkpoint; default: the demo model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads; default 1")
@@ -39,12 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Translate and print."""
     source, target = resolve_language(args.source).flores, resolve_language(args.target).flores
+    if source == target:
+        raise ValueError(f"--from and --to are both {source}; choose two languages")
+    require_device(args.device)
     search = SearchOptions(beam_size=args.beam_size)
-    pool = PoolSettings.model_validate(
-        {"precision": args.precision, "device": args.device, "engine": {"num_threads": args.threads}}
-    )
     checkpoint = args.checkpoint.expanduser().resolve() if args.checkpoint else Environment.read().checkpoint
+    precision = args.precision or default_precision(checkpoint)
+    pool = PoolSettings.model_validate(
+        {"precision": precision, "device": args.device, "engine": {"num_threads": args.threads}}
+    )
     texts = args.texts or [line.rstrip("\n") for line in sys.stdin]
+    for number, text in enumerate(texts, start=1):
+        if any("\ud800" <= character <= "\udfff" for character in text):  # how Python hands on bytes that it cannot decode
+            raise ValueError(f"text {number} is not UTF-8")
 
     from engine.translator import Translator
 

@@ -30,8 +30,11 @@ class UnknownLanguageError(ValueError):
     """A code that names none of the languages in the table."""
 
     def __init__(self, code: str) -> None:
+        problem = "is not a language code known here"
+        if code.strip().lower() in ("", "auto", "detect", "und"):
+            problem = "names no language, and none is detected here"
         super().__init__(
-            f"{code!r} is not a language code known here; send a BCP-47 tag such as 'de' or 'zh-Hant', "
+            f"{code!r} {problem}; send a BCP-47 tag such as 'de' or 'zh-Hant', "
             "or a FLORES-200 code such as 'deu_Latn' (GET /v1/languages lists what is served)"
         )
         self.code = code

@@ -6,6 +6,7 @@ Legend: d d_model, f decoder feed-forward width, L decoder layers, V vocabulary,
                        three norms, and a feed-forward 2 d f + f + d where the layer is dense
     sparse layer       router, and the matrices and biases of the experts that the step's rows go to
     once               final norm, output projection V d
+    int8_dense         1 byte for a weight of 3 d d of self-attention, d f of a dense feed-forward, and V d
     cache              per row the keys and values of T / 2 positions on average, per sentence those of S tokens
 """
 
@@ -29,12 +30,12 @@ def decode_step_bytes(
 ) -> int:
     """Mean over the steps. experts_touched: distinct experts per sparse layer."""
     item_bytes = 4 if engine.compute_dtype == "float32" else 2
-    dense_bytes = 1 if engine.int8_dense else item_bytes
     d, f, layers = config.d_model, config.decoder_ffn_dim, config.decoder_layers
     sparse = num_sparse_layers(config, "decoder")
     attention = layers * (6 * (d * d + d) + 6 * d)
     dense = attention + (layers - sparse) * (2 * d * f + f + d) + 2 * d + config.vocab_size * d
+    in_int8 = layers * 3 * d * d + (layers - sparse) * d * f + config.vocab_size * d if engine.int8_dense else 0
     expert = matrix_bytes(f, d, engine.precision) + matrix_bytes(d, f, engine.precision) + (f + d) * item_bytes
     experts = sparse * (experts_touched * expert + config.num_experts * d * _ROUTER_BYTES)
     cache = 2 * d * layers * (cell.rows * target_tokens / 2 + cell.batch * source_tokens)
-    return round(dense * dense_bytes + experts + cache * item_bytes)
+    return round(dense * item_bytes - in_int8 * (item_bytes - 1) + experts + cache * item_bytes)

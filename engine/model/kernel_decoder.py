@@ -26,14 +26,16 @@ from engine.model.kernel_layers import (
     kernel_linear,
     linear_shape,
     normed,
-    settle,
+    normed_int8,
 )
 from engine.model.layers import LayerNorm
 from engine.model.transformer import DecoderLayer, Transformer
 from kernels.beam_search import StepInputs
 from kernels.decode_attention import decode_cross_attention, decode_self_attention
 from kernels.embed import embed
+from kernels.head_topk import INT8_ROWS_FROM as HEAD_ROWS_FROM
 from kernels.head_topk import Int8Head, TopTokens, fixed_tiles, head_topk, quantize_head, row_logits, select_tiles
+from kernels.quantized_rows import QuantizedRows
 from kernels.small_linear import qkv_linear
 
 
@@ -78,8 +80,10 @@ class KernelDecoder:
         if options.int8_dense:
             self._head = quantize_head(self._head)
 
-    def hidden(self, inputs: StepInputs, groups: EntryGroups, ancestry: Tensor) -> Tensor:
-        """Final-normed hidden states [R, D] of every entry; writes their keys and values. ancestry int32[rows, T + 1]."""
+    def hidden(self, inputs: StepInputs, groups: EntryGroups, ancestry: Tensor) -> Tensor | QuantizedRows:
+        """Final-normed hidden states [R, D] of every entry, in the form that the head takes; writes their keys and values.
+        ancestry int32[rows, T + 1].
+        """
         config = self._model.config
         x = embed(
             inputs.token_ids,
@@ -92,19 +96,23 @@ class KernelDecoder:
         pending: Pending | None = None
         for index, layer in enumerate(self._layers):
             pending = self._run(layer, index, x, pending, inputs, groups, ancestry)
+        if isinstance(self._head, Int8Head) and (self._options.fixed_order or x.shape[0] >= HEAD_ROWS_FROM):
+            return normed_int8(x, pending, self._model.decoder_norm)
         return normed(x, pending, self._model.decoder_norm)
 
-    def top_tokens(self, hidden: Tensor, k: int, banned: Tensor, logits: Tensor | None = None) -> TopTokens:
+    def top_tokens(self, hidden: Tensor | QuantizedRows, k: int, banned: Tensor, logits: Tensor | None = None) -> TopTokens:
         """The k best next tokens of every entry; banned int32[R]: one token that may not be chosen (-1: none). logits
         float32[R, V]: for logit rules that need to see every token, filled; the result's values are of the same logits.
         """
         vocab_size, bits = self._model.config.vocab_size, 8 if isinstance(self._head, Int8Head) else 16
+        rows, features = hidden.shape
+        dtype = hidden.codes.dtype if isinstance(hidden, QuantizedRows) else hidden.dtype
         tiles = None
         if self._options.fixed_order:
-            tiles = fixed_tiles(hidden.shape[1], vocab_size, bits, hidden.device, hidden.dtype)
+            tiles = fixed_tiles(features, vocab_size, bits, hidden.device, dtype)
         if logits is None:
             return head_topk(hidden, self._head, k=k, vocab_size=vocab_size, banned=banned, tiles=tiles)
-        tiles = tiles or select_tiles(len(hidden), hidden.shape[1], vocab_size, bits, hidden.device, hidden.dtype)
+        tiles = tiles or select_tiles(rows, features, vocab_size, bits, hidden.device, dtype)
         tiles = replace(tiles, gated=False)  # gated tiles leave out what cannot be among the best
         scratch = torch.empty_like(logits)
         top = head_topk(hidden, self._head, k=k, vocab_size=vocab_size, banned=banned, logits_scratch=scratch, tiles=tiles)
@@ -124,7 +132,7 @@ class KernelDecoder:
         """x [R, D] in place; expert outputs of this layer are left pending."""
         cells = self._cache.self_kv[index]
         query = qkv_linear(
-            settle(x, pending, layer.self_norm, layer.qkv),
+            self._kernels.settle(x, pending, layer.self_norm, layer.qkv),
             *layer.qkv,
             cells,
             inputs.rows,
@@ -132,11 +140,18 @@ class KernelDecoder:
             fixed=self._options.fixed_order,
             scratch=self._kernels.scratch,
         )
-        # Not history_ready: in its first step a sentence attends to its start token, whose cell this very step writes.
-        # The kernel has a wait for that case now; reading ahead comes back once it has run on a GPU (LOG.md).
-        context = decode_self_attention(query, cells, ancestry, inputs.rows, inputs.positions, num_heads=self._heads)
+        context = decode_self_attention(
+            query,
+            cells,
+            ancestry,
+            inputs.rows,
+            inputs.positions,
+            num_heads=self._heads,
+            history_ready=True,  # but for a start token fed in this very step, which the kernel waits for
+            groups=None if self._options.fixed_order else groups,
+        )
         self._kernels.linear(context, layer.self_out, residual=x)
-        query = self._kernels.linear(settle(x, None, layer.cross_norm, layer.query), layer.query)
+        query = self._kernels.linear(self._kernels.settle(x, None, layer.cross_norm, layer.query), layer.query)
         context = decode_cross_attention(
             query,
             self._cache.cross_kv[index],
@@ -150,13 +165,14 @@ class KernelDecoder:
 
 
 def _layer(layer: DecoderLayer, options: KernelOptions) -> _Layer:
+    int8 = options.int8_dense
     return _Layer(
         self_norm=layer.self_attention_norm,
-        qkv=folded_linear(layer.self_attention.qkv, layer.self_attention_norm, options),
-        self_out=kernel_linear(layer.self_attention.out, options),
+        qkv=folded_linear(layer.self_attention.qkv, layer.self_attention_norm, int8=int8),
+        self_out=kernel_linear(layer.self_attention.out),
         cross_norm=layer.cross_attention_norm,
-        query=folded_linear(layer.cross_attention.query, layer.cross_attention_norm, options),
-        cross_out=kernel_linear(layer.cross_attention.out, options),
+        query=folded_linear(layer.cross_attention.query, layer.cross_attention_norm),
+        cross_out=kernel_linear(layer.cross_attention.out),
         ffn_norm=layer.feed_forward_norm,
-        feed_forward=kernel_feed_forward(layer.feed_forward, options, fold=layer.feed_forward_norm),
+        feed_forward=kernel_feed_forward(layer.feed_forward, fold=layer.feed_forward_norm, int8=int8),
     )

@@ -68,7 +68,7 @@ class KernelEncoder:
         self._cache = cache
         self._heads = transformer.config.encoder_attention_heads
         self._options = options
-        self._layers = [_layer(layer, options) for layer in transformer.encoder_layers]
+        self._layers = [_layer(layer) for layer in transformer.encoder_layers]
         self._cross_kv = _fused_cross_kv(transformer)
         shapes = set()
         for layer in self._layers:
@@ -106,13 +106,13 @@ class KernelEncoder:
         places.view(torch.int64).index_copy_(1, cells.long(), values.view(torch.int64))
 
 
-def _layer(layer: EncoderLayer, options: KernelOptions) -> _Layer:
+def _layer(layer: EncoderLayer) -> _Layer:
     return _Layer(
         attention_norm=layer.self_attention_norm,
-        qkv=kernel_linear(layer.self_attention.qkv, options),
-        out=kernel_linear(layer.self_attention.out, options),
+        qkv=kernel_linear(layer.self_attention.qkv),
+        out=kernel_linear(layer.self_attention.out),
         ffn_norm=layer.feed_forward_norm,
-        feed_forward=kernel_feed_forward(layer.feed_forward, options),
+        feed_forward=kernel_feed_forward(layer.feed_forward),
     )
 
 

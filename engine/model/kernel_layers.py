@@ -14,8 +14,9 @@ from torch import Tensor
 from engine.model.layers import DenseFeedForward, LayerNorm, Linear
 from engine.model.mixture_of_experts import MixtureOfExperts
 from engine.quantization.packed_experts import packed_experts
-from kernels.add_layernorm import add_layernorm, add_slots
+from kernels.add_layernorm import add_layernorm, add_layernorm_int8, add_slots
 from kernels.expert_gemm import PackedExperts, expert_ffn, select_tiles
+from kernels.quantized_rows import QuantizedRows
 from kernels.route import route, semaphores
 from kernels.routing import empty_routing
 from kernels.small_linear import (
@@ -24,11 +25,13 @@ from kernels.small_linear import (
     LinearScratch,
     fold_norm,
     linear_scratch,
-    quantize_int8,
     small_linear,
 )
 
 TOP_K = 2
+# Rows from which int8 maps take their rows in int8, too (the output projection has a number of its own, in head_topk).
+# Chains of decoder layers (H100, us a layer, 16 bits and int8 rows): 35.6 and 34.5 at 64 rows, 57.9 and 53.9 at 320.
+INT8_ROWS_FROM = 64
 
 
 class KernelLinear(NamedTuple):
@@ -48,7 +51,10 @@ class Pending(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class KernelOptions:
     """fixed_order: tiles by weight shape alone, so that a row's bits do not depend on its batch mates.
-    int8_dense: attention, dense feed-forward and output projection in int8, one scale per output channel.
+    int8_dense: the decoder's maps to queries, keys and values, its first dense feed-forward maps and the output projection
+    have int8 weights, one scale an output channel; from a number of rows on they take int8 rows, one scale a row. With
+    fixed_order a row must not see how many others there are: the maps never do, the projection always. The other maps lose
+    at many rows what they gain at few (LOG.md), and encoder passes have many.
     """
 
     fixed_order: bool = False
@@ -87,14 +93,30 @@ class KernelLayers:
     def __init__(self, shapes: set[tuple[int, int, bool]], max_rows: int, like: Tensor, options: KernelOptions) -> None:
         self._options = options
         self._max_rows = max_rows
+        self._dtype = like.dtype
         self.scratch: LinearScratch = linear_scratch(
             sorted(shapes), max_rows, like.dtype, like.device, fixed=options.fixed_order
         )
         self._semaphores = semaphores(max_rows, like.device)
 
+    def settle(self, x: Tensor, pending: Pending | None, norm: LayerNorm, linear: KernelLinear) -> Tensor | QuantizedRows:
+        """What the linear map behind a norm reads: norm(x), or where the norm is folded into the map x itself, standardised
+        if in int8. Expert outputs pending are added to x in place before."""
+        if is_int8(linear) and self.takes_int8(x.shape[0]):
+            return normed_int8(x, pending, norm, folded=is_folded(linear))
+        if not is_folded(linear):
+            return normed(x, pending, norm)
+        if pending is not None:
+            add_slots(x, pending.outputs, expert_ids=pending.expert_ids)
+        return x
+
+    def takes_int8(self, rows: int) -> bool:
+        """Whether int8 maps behind norms (but for the output projection) take that many rows in int8."""
+        return not self._options.fixed_order and rows >= INT8_ROWS_FROM
+
     def linear(
         self,
-        x: Tensor,
+        x: Tensor | QuantizedRows,
         linear: KernelLinear,
         *,
         relu: bool = False,
@@ -109,6 +131,7 @@ class KernelLayers:
             residual=residual,
             fixed=self._options.fixed_order,
             scratch=self.scratch,
+            dtype=self._dtype,
         )
 
     def feed_forward(
@@ -116,7 +139,7 @@ class KernelLayers:
     ) -> Pending | None:
         """x += FeedForward(norm(x)) in place; expert outputs come back instead, for the next `settle` or `normed` to add."""
         if isinstance(layer, KernelDense):
-            hidden = self.linear(settle(x, None, norm, layer.fc1), layer.fc1, relu=True)
+            hidden = self.linear(self.settle(x, None, norm, layer.fc1), layer.fc1, relu=True)
             self.linear(hidden, layer.fc2, residual=x)
             return None
         tiles = select_tiles(self._tile_pairs(x.shape[0]), layer.fc1)
@@ -143,20 +166,23 @@ class KernelLayers:
         return TOP_K * (self._max_rows if self._options.fixed_order else rows)
 
 
-def settle(x: Tensor, pending: Pending | None, norm: LayerNorm, linear: KernelLinear) -> Tensor:
-    """What the linear map behind a norm reads: x itself where the norm is folded into it, else norm(x). Expert outputs
-    pending are added to x in place before."""
-    if not is_folded(linear):
-        return normed(x, pending, norm)
-    if pending is not None:
-        add_slots(x, pending.outputs, expert_ids=pending.expert_ids)
-    return x
-
-
 def normed(x: Tensor, pending: Pending | None, norm: LayerNorm) -> Tensor:
     """norm(x) [R, D]; expert outputs pending are added to x in place before."""
     outputs, expert_ids = (None, None) if pending is None else pending
     return add_layernorm(x, outputs, norm.weight, norm.bias, eps=norm.eps, expert_ids=expert_ids)[1]
+
+
+def normed_int8(x: Tensor, pending: Pending | None, norm: LayerNorm, *, folded: bool = False) -> QuantizedRows:
+    """As `normed`, the result in int8. folded: for a map that holds the norm's weight and bias itself."""
+    outputs, expert_ids = (None, None) if pending is None else pending
+    weight, bias = (None, None) if folded else (norm.weight, norm.bias)
+    return add_layernorm_int8(x, outputs, weight, bias, eps=norm.eps, expert_ids=expert_ids)
+
+
+def is_int8(linear: KernelLinear) -> bool:
+    """Whether the linear map's weights are int8."""
+    stored = linear.weight.weight if isinstance(linear.weight, FoldedLinear) else linear.weight
+    return isinstance(stored, Int8Linear)
 
 
 def is_folded(linear: KernelLinear) -> bool:
@@ -164,27 +190,27 @@ def is_folded(linear: KernelLinear) -> bool:
     return isinstance(linear.weight, FoldedLinear)
 
 
-def kernel_linear(linear: Linear, options: KernelOptions) -> KernelLinear:
-    """The linear map for the kernels; shares the weight unless it is quantized."""
-    weight: Tensor | Int8Linear = quantize_int8(linear.weight) if options.int8_dense else linear.weight
-    return KernelLinear(weight, linear.bias)
+def kernel_linear(linear: Linear) -> KernelLinear:
+    """The linear map for the kernels; shares the weight."""
+    return KernelLinear(linear.weight, linear.bias)
 
 
-def folded_linear(linear: Linear, norm: LayerNorm, options: KernelOptions) -> KernelLinear:
+def folded_linear(linear: Linear, norm: LayerNorm, *, int8: bool = False) -> KernelLinear:
     """The linear map with the norm in front of it folded in. It takes the place of the plain weight, whose memory is
     given up: from now on the plain layer raises an error (its weight is a tensor of torch's meta device)."""
-    weight = fold_norm(linear.weight, linear.bias, norm.weight, norm.bias, norm.eps, int8=options.int8_dense)
+    weight = fold_norm(linear.weight, linear.bias, norm.weight, norm.bias, norm.eps, int8=int8)
     linear.weight = linear.weight.to("meta")
     return KernelLinear(weight, None)
 
 
 def kernel_feed_forward(
-    layer: DenseFeedForward | MixtureOfExperts, options: KernelOptions, fold: LayerNorm | None = None
+    layer: DenseFeedForward | MixtureOfExperts, *, fold: LayerNorm | None = None, int8: bool = False
 ) -> KernelDense | KernelExperts:
-    """The feed-forward layer for the kernels. fold: the norm in front, to be folded into a dense layer's first map."""
+    """The feed-forward layer for the kernels. fold: the norm in front, to be folded into a dense layer's first map; int8:
+    that map in int8."""
     if isinstance(layer, DenseFeedForward):
-        fc1 = kernel_linear(layer.fc1, options) if fold is None else folded_linear(layer.fc1, fold, options)
-        return KernelDense(fc1, kernel_linear(layer.fc2, options))
+        fc1 = kernel_linear(layer.fc1) if fold is None else folded_linear(layer.fc1, fold, int8=int8)
+        return KernelDense(fc1, kernel_linear(layer.fc2))
     device = layer.fc1_bias.device
     return KernelExperts(
         router_weight=layer.router.classifier.weight,

@@ -4,6 +4,11 @@ import triton
 import triton.language as tl
 
 from kernels.dependency import prefetch_piece, wait_for_inputs
+from kernels.quantized_rows import SMALLEST
+
+_SMALLEST = tl.constexpr(SMALLEST)
+_INFINITY_BITS = tl.constexpr(0x7F800000)
+_TO_INTEGER = tl.constexpr(1.5 * 2.0**23)
 
 
 @triton.jit
@@ -71,6 +76,59 @@ def add_layernorm_kernel(
     variance = tl.sum(centered * centered, 0) / D
     y = centered * tl.rsqrt(variance + eps) * weight + bias
     tl.store(out_ptr + row * D + d, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_layernorm_int8_kernel(
+    residual_ptr,
+    delta_ptr,
+    ids_ptr,
+    weight_ptr,
+    bias_ptr,
+    codes_ptr,
+    scales_ptr,
+    eps,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MASKED: tl.constexpr,
+    AFFINE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """As `add_layernorm_kernel`, and the normed row leaves in int8 with its scale (AFFINE: times weight, plus bias).
+
+    The largest value is found among the bits of |y|, which order as the values do, with infinity and NaN above them all."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, D_PAD)
+    mask = d < D
+    if AFFINE:
+        weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    SIZE: tl.constexpr = D * residual_ptr.dtype.element_ty.primitive_bitwidth // 8
+    prefetch_piece(residual_ptr + row * D, SIZE, OVERLAP)
+    if SLOTS > 0:
+        prefetch_piece(delta_ptr + row * (SLOTS * D), SLOTS * SIZE, OVERLAP)
+    wait_for_inputs(OVERLAP)
+    x = tl.load(residual_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
+    if SLOTS > 0:
+        total = _sum_of_slots(delta_ptr, ids_ptr, row, d, mask, D, D == D_PAD, D_PAD, SLOTS, MASKED)
+        stored = (x + total).to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + row * D + d, stored, mask=mask)
+        x = stored.to(tl.float32)
+    mean = tl.sum(x, 0) / D
+    centered = tl.where(mask, x - mean, 0.0)
+    variance = tl.sum(centered * centered, 0) / D
+    y = centered * tl.rsqrt(variance + eps)
+    if AFFINE:
+        y = y * weight + bias
+    largest_bits = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    largest = largest_bits.to(tl.float32, bitcast=True)
+    there = largest >= _SMALLEST
+    scale = tl.where(there, largest / 127.0, 1.0)
+    inverse = tl.where(there, 127.0 / tl.where(there, largest, 1.0), 1.0)
+    tl.store(scales_ptr + row, tl.where(largest_bits < _INFINITY_BITS, scale, float("nan")))
+    shifted = y * inverse + _TO_INTEGER  # rounds to the nearest integer, ties to even, and leaves it in the lowest bits
+    tl.store(codes_ptr + row * D + d, shifted.to(tl.int32, bitcast=True).to(tl.int8), mask=mask)
 
 
 @triton.jit

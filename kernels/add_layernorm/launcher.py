@@ -1,4 +1,4 @@
-"""Launchers of `add_layernorm` and `add_slots`. R rows, D features, k expert outputs a row."""
+"""Launchers of `add_layernorm`, `add_layernorm_int8` and `add_slots`. R rows, D features, k expert outputs a row."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kernels.launch import check, next_power_of_two, overlap
+from kernels.quantized_rows import QuantizedRows, check_quantized
 
 
 def add_layernorm(
@@ -46,6 +47,52 @@ def add_layernorm(
         **overlap(residual),
     )
     return residual, out
+
+
+def add_layernorm_int8(
+    residual: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    eps: float = 1e-5,
+    expert_ids: torch.Tensor | None = None,
+    out: QuantizedRows | None = None,
+) -> QuantizedRows:
+    """residual += delta as in `add_layernorm`, then the layer norm of the new residual in int8, rounded once from fp32.
+
+    weight and bias None: rows less their mean, over their standard deviation, for maps that hold a folded norm's weight and
+    bias. One launch; rows of zeros and rows that are not finite as in `quantize_rows`, but the codes of the latter are
+    anything. Raises ValueError for shapes that do not belong together.
+    """
+    rows, features = residual.shape
+    check((weight is None) == (bias is None), "weight and bias of the norm go together: give both or neither")
+    for vector in (weight, bias):
+        check(vector is None or vector.shape == (features,), f"weight and bias must be [{features}]")
+    slots = _check_operands(residual, delta, expert_ids)
+    if out is None:
+        codes = torch.empty_like(residual, dtype=torch.int8)
+        out = QuantizedRows(codes, torch.empty(rows, dtype=torch.float32, device=residual.device))
+    check_quantized(out, features)
+    check(out.codes.shape[0] == rows, f"out has {out.codes.shape[0]} rows; want {rows}")
+    if rows == 0:
+        return out
+    from kernels.add_layernorm.kernel import add_layernorm_int8_kernel
+
+    add_layernorm_int8_kernel[(rows,)](
+        residual,
+        residual if delta is None else delta,
+        residual if expert_ids is None else expert_ids,
+        residual if weight is None else weight,
+        residual if bias is None else bias,
+        out.codes,
+        out.scales,
+        eps,
+        AFFINE=weight is not None,
+        **norm_constants(features, slots, masked=expert_ids is not None),
+        **overlap(residual),
+    )
+    return out
 
 
 def add_slots(residual: torch.Tensor, delta: torch.Tensor, *, expert_ids: torch.Tensor | None = None) -> torch.Tensor:

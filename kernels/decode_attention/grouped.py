@@ -5,14 +5,15 @@ No shared memory and no barrier: every operand comes from global memory as its p
 product is queries [16 rows, 8 of them empty] by keys; the weights of its first eight rows then lie as the second operand of
 values^T [DH, positions] by weights^T [positions, 8]. All but the queries, and but the cells of this step, is read before the
 kernel before is done, and the next kernel may start before that too; `launcher.py` says what that asks of callers.
-
-Unused groups (slot -1 or count 0) end at once, but for the first: a launch must not be over before the one before it.
 """
 # mypy: ignore-errors
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from kernels.decode_attention.entries import ends_at_once, entries_of, follows_start_token
+from kernels.dependency import let_next_start, wait_for_kernels_before
 
 
 @gluon.constexpr_function
@@ -54,26 +55,12 @@ def _axis(size: gl.constexpr, axis: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
-def _let_next_start(OVERLAP: gl.constexpr, AHEAD: gl.constexpr):
-    if OVERLAP:
-        if not AHEAD:
-            gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r,~{memory}", [], gl.int32, False, 1)
-        gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // dummy $0", "=r,~{memory}", [], gl.int32, False, 1)
-
-
-@gluon.jit
-def _wait_for_queries(OVERLAP: gl.constexpr, AHEAD: gl.constexpr):
-    if OVERLAP and AHEAD:
-        gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r,~{memory}", [], gl.int32, False, 1)
-
-
-@gluon.jit
 def _group(slots_ptr, starts_ptr, counts_ptr):
     """(slot, first entry, number of entries: 0 for an unused group) of this program's group."""
     group = gl.program_id(1)
     slot = gl.load(slots_ptr + group)
     count = gl.load(counts_ptr + group)
-    return slot, gl.load(starts_ptr + group), gl.where(slot >= 0, gl.minimum(count, 8), 0)
+    return slot, gl.load(starts_ptr + group), entries_of(slot, count, 8)
 
 
 @gluon.jit
@@ -162,10 +149,11 @@ def cross_group_kernel(
     V: gl.constexpr = values_layout(HP, BS, DH)
     S: gl.constexpr = scores_layout(HP, BS)
     CELL: gl.constexpr = 2 * H * DH
-    _let_next_start(OVERLAP, AHEAD)
+    wait_for_kernels_before(OVERLAP and not AHEAD)
+    let_next_start(OVERLAP)
     head = gl.program_id(0) * HP
     slot, start, count = _group(slots_ptr, starts_ptr, counts_ptr)
-    if (count <= 0) & (gl.program_id(1) > 0):
+    if ends_at_once(count):
         return
     length = gl.load(lengths_ptr + slot, mask=count > 0, other=0)
     cells = cells_ptr + slot.to(gl.int64) * slot_stride + head * DH
@@ -176,7 +164,7 @@ def cross_group_kernel(
     v_ptrs = cells + H * DH + (_axis(HP, 0, V) * DH + at_v * CELL + _axis(DH, 2, V))
     k = gl.load(k_ptrs, mask=at_k < length, other=0.0)
     v = gl.load(v_ptrs, mask=at_v < length, other=0.0)
-    _wait_for_queries(OVERLAP, AHEAD)
+    wait_for_kernels_before(OVERLAP and AHEAD)
     q = _queries(q_ptr, q_stride, start, count, head, DH, HP, M)
     score = gl.where(at < length, _scores(q, k, HP, BS, M, S) * scale_log2, float("-inf"))
     peak, total, acc = _softmax_start(score, v, DH, HP, BS, M)
@@ -255,10 +243,11 @@ def self_group_kernel(
     V: gl.constexpr = values_layout(HP, BS, DH)
     S: gl.constexpr = scores_layout(HP, BS)
     CELL: gl.constexpr = 2 * H * DH
-    _let_next_start(OVERLAP, AHEAD)
+    wait_for_kernels_before(OVERLAP and not AHEAD)
+    let_next_start(OVERLAP)
     head = gl.program_id(0) * HP
     _, start, count = _group(slots_ptr, starts_ptr, counts_ptr)
-    if (count <= 0) & (gl.program_id(1) > 0):
+    if ends_at_once(count):
         return
     row = gl.load(rows_ptr + start, mask=count > 0, other=-1)
     last = gl.load(positions_ptr + start, mask=row >= 0, other=-1)
@@ -268,7 +257,7 @@ def self_group_kernel(
         shared = _shared_positions(ancestry_ptr, rows_ptr, ancestry_stride, start, count, row, last, HP)
     size = gl.where(row >= 0, shared + ((last + 1 - shared) << log_width), 0)
     newest = shared + ((last - shared) << log_width)  # places from here on hold what this step writes
-    newest = gl.where(last == 1, 0, newest)  # the start token's cell too; all places are in the first step then
+    newest = gl.where(follows_start_token(last), 0, newest)  # all places are in the first step then
     max_positions = row_stride // CELL
     k_base = cells_ptr + head * DH + (_axis(HP, 0, K) * DH + _axis(DH, 1, K))
     v_base = cells_ptr + (H + head) * DH + (_axis(HP, 0, V) * DH + _axis(DH, 2, V))
@@ -280,7 +269,7 @@ def self_group_kernel(
     cell_v = _cells(at_v, *table)
     k = gl.load(k_base + cell_k.to(gl.int64) * CELL, mask=(cell_k >= 0) & (at_k < newest), other=0.0)
     v = gl.load(v_base + cell_v.to(gl.int64) * CELL, mask=(cell_v >= 0) & (at_v < newest), other=0.0)
-    _wait_for_queries(OVERLAP, AHEAD)
+    wait_for_kernels_before(OVERLAP and AHEAD)
     q = _queries(q_ptr, q_stride, start, gl.where(row >= 0, count, 0), head, DH, HP, M)
     if newest < BS:
         k = gl.load(k_base + cell_k.to(gl.int64) * CELL, mask=(cell_k >= 0) & (at_k >= newest), other=k)

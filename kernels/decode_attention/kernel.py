@@ -10,21 +10,8 @@ on Hopper take instead.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _let_next_start(OVERLAP: tl.constexpr, AHEAD: tl.constexpr):
-    """With AHEAD the kernels behind may start at once; else only when those before are done."""
-    if OVERLAP:
-        if not AHEAD:
-            tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def _wait_for_queries(OVERLAP: tl.constexpr, AHEAD: tl.constexpr):
-    """Inputs may still be being written, and outputs read, by the kernels before: until here."""
-    if OVERLAP and AHEAD:
-        tl.extra.cuda.gdc_wait()
+from kernels.decode_attention.entries import ends_at_once, entries_of, follows_start_token
+from kernels.dependency import let_next_start, wait_for_kernels_before
 
 
 @triton.jit(do_not_specialize=["R", "ancestry_stride"])
@@ -55,7 +42,8 @@ def decode_self_attention_kernel(
     the loop. A position that an entry does not have adds an exact zero to its lane: an entry's bits depend on neither its
     neighbours nor the length of the loop.
     """
-    _let_next_start(OVERLAP, AHEAD)
+    wait_for_kernels_before(OVERLAP and not AHEAD)
+    let_next_start(OVERLAP)
     head = tl.program_id(0)
     e = tl.program_id(1) * BE + tl.arange(0, BE)
     d = tl.arange(0, DH)
@@ -69,12 +57,12 @@ def decode_self_attention_kernel(
     holder = tl.load(ancestry_ptrs, mask=earlier, other=0)
     k_ptrs = cells_ptr + (holder.to(tl.int64) * row_stride + step * (2 * H * DH) + head * DH)[:, :, :, None] + d
     if AHEAD:  # noqa: SIM102 (the outer one is decided while compiling)
-        if tl.max((last == 1).to(tl.int32), 0) > 0:  # the cell of position 0 may be written by this very step
-            _wait_for_queries(OVERLAP, AHEAD)
+        if tl.max(follows_start_token(last).to(tl.int32), 0) > 0:
+            wait_for_kernels_before(OVERLAP)
     k = tl.load(k_ptrs, mask=earlier[:, :, :, None], other=0.0)
     v = tl.load(k_ptrs + H * DH, mask=earlier[:, :, :, None], other=0.0)
     holder = tl.load(ancestry_ptrs + BT, mask=step + BT < last[None, :, None], other=0)  # for the next step
-    _wait_for_queries(OVERLAP, AHEAD)
+    wait_for_kernels_before(OVERLAP and AHEAD)
     active = (last >= 0)[:, None]
     q_ptrs = q_ptr + e.to(tl.int64)[:, None] * q_stride + head * DH + d[None, :]
     q = tl.load(q_ptrs, mask=active, other=0.0).to(tl.float32)
@@ -135,14 +123,14 @@ def decode_cross_attention_kernel(
 ):
     """The group's entries, MOST at most, are the rows of each dot (padded to BE): a source cell is read once for all of
     them. Unused groups end at once."""
-    _let_next_start(OVERLAP, AHEAD)
+    wait_for_kernels_before(OVERLAP and not AHEAD)
+    let_next_start(OVERLAP)
     head = tl.program_id(0)
     group = tl.program_id(1)
     slot = tl.load(slots_ptr + group)
     start = tl.load(starts_ptr + group)
-    count = tl.load(counts_ptr + group)
-    count = tl.where(slot >= 0, tl.minimum(count, MOST), 0)
-    if (count <= 0) & (group > 0):  # the first stays, so that this launch is not over before the one before it
+    count = entries_of(slot, tl.load(counts_ptr + group), MOST)
+    if ends_at_once(count):
         return
     length = tl.load(lengths_ptr + slot, mask=count > 0, other=0)
     i = tl.arange(0, BE)
@@ -155,7 +143,7 @@ def decode_cross_attention_kernel(
     k_ptrs = cells + s[:, None] * (2 * H * DH) + d[None, :]
     k = tl.load(k_ptrs, mask=there[:, None], other=0.0)
     v = tl.load(k_ptrs + H * DH, mask=there[:, None], other=0.0)
-    _wait_for_queries(OVERLAP, AHEAD)
+    wait_for_kernels_before(OVERLAP and AHEAD)
     q = tl.load(q_ptr + entry[:, None] * q_stride + (head * DH + d)[None, :], mask=live[:, None], other=0.0)
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
     score = tl.where(there[None, :], score, float("-inf"))

@@ -33,9 +33,11 @@ def head_jobs(
     constants = chunk_constants(num_features, k, bits, has_banned, tiles) | chunk_options(tiles)
     if tiles.specialized:
         name = "head_specialized_kernel"
-        jobs: list[Job] = [("kernels.head_topk.specialized", name, (*inputs, i32, i32, i32, *outputs, 1001), constants)]
+        jobs: list[Job] = [
+            ("kernels.head_topk.specialized", name, (*inputs, f32, f32, i32, i32, i32, *outputs, 1001), constants)
+        ]
     else:
-        jobs = [(_MODULE, "head_chunk_kernel", (*inputs, f32, i32, i32, *outputs), constants)]
+        jobs = [(_MODULE, "head_chunk_kernel", (*inputs, f32, f32, i32, i32, *outputs), constants)]
     jobs.append((_MODULE, "head_merge_kernel", merge, merge_constants(k, vocab_size, has_banned, tiles) | {"num_warps": 4}))
     if tiles.gated or tiles.specialized:
         start = start_constants(vocab_size, has_banned, tiles)
@@ -44,11 +46,12 @@ def head_jobs(
 
 
 def default_head_jobs(num_features: int, vocab_size: int, dtype: torch.dtype) -> list[Job]:
-    """Everything that a device without a measured choice may be asked to run for this head."""
+    """Everything that a device without a measured choice may be asked to run for this head; dtype is that of the rows, int8
+    for `QuantizedRows` (compute capability 8.0 on)."""
     return [
         job
         for rows in (16, 32, 1024)
-        for bits in (16, 8)
+        for bits in ((8,) if dtype == torch.int8 else (16, 8))
         for job in head_jobs(num_features, vocab_size, 16, bits, default_tiles(rows, dtype), dtype)
     ]
 
@@ -56,14 +59,15 @@ def default_head_jobs(num_features: int, vocab_size: int, dtype: torch.dtype) ->
 def hopper_head_jobs(num_features: int, vocab_size: int, dtype: torch.dtype) -> list[Job]:
     """The kernel that only Hopper runs, in every shape of tile that has been worth tuning there."""
     shapes = (
-        (128, 128, 0, 128, 3),
+        (128, 128, 0, 64, 6),
         (128, 128, 64, 64, 5),
         (256, 128, 0, 64, 4),
         (128, 256, 0, 64, 4),
         (128, 256, 64, 64, 4),
     )
+    bits, wide = (8, 2) if dtype == torch.int8 else (16, 1)  # twice as many features in the same bytes
     return [
-        head_jobs(num_features, vocab_size, 16, 16, tiles, dtype)[0]
+        head_jobs(num_features, vocab_size, 16, bits, tiles, dtype)[0]
         for v, rows, extra, features, stages in shapes
-        for tiles in [HeadTiles(v, rows, extra, features, stages=stages, gated=True, tma=True, specialized=True)]
+        for tiles in [HeadTiles(v, rows, extra, features * wide, stages=stages, gated=True, tma=True, specialized=True)]
     ]

@@ -2,7 +2,8 @@
 
 R rows, D features, V vocabulary (columns from V on are padding: never read), BV logits a chunk, C = ceil(V / BV) chunks.
 Weights are the M side of each dot, rows the n side: a step of one row pads to 16 lanes only, and int8 codes are converted
-in the registers that feed the dot. Logits stay in fp32: rounded to 16 bits many of them would tie.
+in the registers that feed the dot, or multiplied as they are by rows of int8 codes (sums in int32, hence exact). Logits stay
+in fp32: rounded to 16 bits many of them would tie.
 
 What the launches hand over, here and in `specialized`: partials fp32[C / PACK, R, PACK, 2], maximum and sum of a chunk of a
 row, packed so that neither side touches memory by single words; logits fp32[C][R][BV], chunk by chunk (the last chunk is as
@@ -23,6 +24,7 @@ def _ordered(value):
 @triton.jit
 def _chunk_results(
     acc,
+    x_scale_ptr,
     scale_ptr,
     banned_ptr,
     threshold_ptr,
@@ -49,6 +51,7 @@ def _chunk_results(
         low, high = tl.split(tl.permute(tl.reshape(acc, (BV, 2, BR // 2)), (0, 2, 1)))
         _chunk_results(
             low,
+            x_scale_ptr,
             scale_ptr,
             banned_ptr,
             threshold_ptr,
@@ -70,6 +73,7 @@ def _chunk_results(
         )
         _chunk_results(
             high,
+            x_scale_ptr,
             scale_ptr,
             banned_ptr,
             threshold_ptr,
@@ -99,7 +103,10 @@ def _chunk_results(
             group = tl.arange(0, GROUPS)[None, :] * R + rows[:, None]
             threshold = tl.min(tl.load(threshold_ptr + group, mask=live[:, None], other=0, cache_modifier=".cg"), 1)
         if BITS == 8:
-            acc *= tl.load(scale_ptr + v, mask=v < V, other=0.0)[:, None]
+            integers: tl.constexpr = acc.dtype == tl.int32
+            acc = acc.to(tl.float32) * tl.load(scale_ptr + v, mask=v < V, other=0.0)[:, None]
+            if integers:
+                acc *= tl.load(x_scale_ptr + rows, mask=live, other=0.0)[None, :]
         acc = tl.where((v < V)[:, None], acc, float("-inf"))
         if HAS_BANNED:
             banned = tl.load(banned_ptr + rows, mask=live, other=-1)
@@ -162,6 +169,7 @@ def head_chunk_kernel(
     x,
     w,
     x_rest,
+    x_scale_ptr,
     scale_ptr,
     banned_ptr,
     threshold_ptr,
@@ -196,11 +204,12 @@ def head_chunk_kernel(
     v = chunk * BV + tl.arange(0, BV)
     rows = first + tl.arange(0, BR)
     k = tl.arange(0, BK)
-    acc = tl.zeros((BV, BR), dtype=tl.float32)
+    dtype: tl.constexpr = x.dtype if TMA else x.dtype.element_ty
+    sums: tl.constexpr = tl.int32 if dtype == tl.int8 else tl.float32
+    acc = tl.zeros((BV, BR), dtype=sums)
     if BR2 > 0:
         rows2 = first + BR + tl.arange(0, BR2)
-        acc2 = tl.zeros((BV, BR2), dtype=tl.float32)
-    dtype: tl.constexpr = x.dtype if TMA else x.dtype.element_ty
+        acc2 = tl.zeros((BV, BR2), dtype=sums)
     for start in range(0, D, BK):
         if TMA:
             weight = w.load([chunk * BV, start])
@@ -215,21 +224,22 @@ def head_chunk_kernel(
                 mask_v = mask_v & (at < D)[None, :]
                 mask_r = mask_r & (at < D)[None, :]
             weight = tl.load(w + v.to(tl.int64)[:, None] * D + at[None, :], mask=mask_v, other=0)
-            rows_in = tl.load(x + rows.to(tl.int64)[:, None] * D + at[None, :], mask=mask_r, other=0.0)
+            rows_in = tl.load(x + rows.to(tl.int64)[:, None] * D + at[None, :], mask=mask_r, other=0)
             if BR2 > 0:
                 mask_r2 = (rows2 < R)[:, None]
                 if D % BK != 0:
                     mask_r2 = mask_r2 & (at < D)[None, :]
-                rows_in2 = tl.load(x + rows2.to(tl.int64)[:, None] * D + at[None, :], mask=mask_r2, other=0.0)
-        if BITS == 8:
+                rows_in2 = tl.load(x + rows2.to(tl.int64)[:, None] * D + at[None, :], mask=mask_r2, other=0)
+        if BITS == 8 and dtype != tl.int8:
             # 1.5 * 2^23 + code as fp32 bits: exact, and cheaper than the conversion instruction
             shifted = (weight.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True)
             weight = (shifted - 12582912.0).to(dtype)
-        acc = tl.dot(weight, tl.trans(rows_in), acc, input_precision="ieee")
+        acc = tl.dot(weight, tl.trans(rows_in), acc, input_precision="ieee", out_dtype=sums)
         if BR2 > 0:
-            acc2 = tl.dot(weight, tl.trans(rows_in2), acc2, input_precision="ieee")
+            acc2 = tl.dot(weight, tl.trans(rows_in2), acc2, input_precision="ieee", out_dtype=sums)
     _chunk_results(
         acc,
+        x_scale_ptr,
         scale_ptr,
         banned_ptr,
         threshold_ptr,
@@ -252,6 +262,7 @@ def head_chunk_kernel(
     if BR2 > 0:
         _chunk_results(
             acc2,
+            x_scale_ptr,
             scale_ptr,
             banned_ptr,
             threshold_ptr,

@@ -10,6 +10,7 @@ import torch
 from kernels.head_topk.operands import Int8Head, TopTokens
 from kernels.head_topk.tiles import HeadTiles, select_tiles
 from kernels.launch import check, next_power_of_two, overlap
+from kernels.quantized_rows import QuantizedRows, check_quantized
 
 _MAX_K = 17  # two tokens for each of eight beams, and one
 _MERGE_WARPS = 4
@@ -19,7 +20,7 @@ _START_BLOCK = 1024
 
 
 def head_topk(
-    x: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
     weight: torch.Tensor | Int8Head,
     *,
     k: int,
@@ -31,15 +32,16 @@ def head_topk(
 ) -> TopTokens:
     """The k best next tokens of every row, by log-probability: log_softmax(x W^T) and its top k in one pass over W.
 
-    x fp32/bf16/fp16[R, D], already normalised; weight [V_pad, D] in x's dtype, or an `Int8Head`. Rows of the weight from
-    vocab_size on are padding and are not read. Logits are accumulated and compared in fp32; values are logit -
-    log_sum_exp, best first; equal values: lowest token id first. banned int32[R]: one token id that a row may not choose
-    (-1: none); it still counts in log_sum_exp. A row with NaN or +inf among its logits (or nothing but -inf) gets NaN values
-    and log_sum_exp and token id 0; other rows do not notice. logits_scratch: fp32[>= R, >= vocab_size] for the logits that
-    are read again, in an order of the kernels' own (gated tiles write a part of them only); out: result of an earlier call
-    to overwrite; both are allocated when missing. tiles: default select_tiles; with fixed_tiles a row's bits do not depend
-    on R or on other rows. Two launches (gated tiles: three), no host sync, same bits every run. Raises ValueError for
-    arguments that do not belong together.
+    x fp32/bf16/fp16[R, D], already normalised; weight [V_pad, D] in x's dtype, or an `Int8Head`. x as `QuantizedRows` takes
+    an `Int8Head`: products of codes are summed exactly, then scaled by token and by row. Rows of the weight from vocab_size
+    on are padding and are not read. Logits are accumulated and compared in fp32; values are logit - log_sum_exp, best
+    first; equal values: lowest token id first. banned int32[R]: one token id that a row may not choose (-1: none); it still
+    counts in log_sum_exp. A row with NaN or +inf among its logits (or nothing but -inf) gets NaN values and log_sum_exp and
+    token id 0; other rows do not notice. logits_scratch: fp32[>= R, >= vocab_size] for the logits that are read again, in
+    an order of the kernels' own (gated tiles write a part of them only); out: result of an earlier call to overwrite; both
+    are allocated when missing. tiles: default select_tiles; with fixed_tiles a row's bits do not depend on R or on other
+    rows. Two launches (gated tiles: three), no host sync, same bits every run. Raises ValueError for arguments that do not
+    belong together.
     """
     num_rows, num_features = x.shape
     _check(x, weight, k, vocab_size, banned)
@@ -49,14 +51,18 @@ def head_topk(
         f"out is for {tuple(out.values.shape)} values; make it [{num_rows}, {k}]",
     )
     bits = 8 if isinstance(weight, Int8Head) else 16
-    tiles = tiles or select_tiles(num_rows, num_features, vocab_size, bits, x.device, x.dtype)
+    codes = x.codes if isinstance(x, QuantizedRows) else x
+    tiles = tiles or select_tiles(num_rows, num_features, vocab_size, bits, x.device, codes.dtype)
     num_chunks = -(-vocab_size // tiles.chunk)
     check(num_chunks <= _MAX_CHUNKS, f"{num_chunks} chunks of the vocabulary; choose tiles with a larger block_vocab")
-    # int8 codes come through descriptors wrong now and then (Triton 3.6, H100, 64 rows and more): never asked for.
-    check(not (tiles.tma and bits == 8), "tensor descriptors are for 16-bit weights: choose tiles with tma=False")
+    # int8 codes come through the plain kernel's descriptors wrong now and then (Triton 3.6, H100, 64 rows and more).
     check(
-        not tiles.specialized or (x.dtype != torch.float32 and x.is_cuda and _properties(x.device).major == 9),
-        "specialized tiles need bf16 or fp16 on compute capability 9.x: choose others",
+        not tiles.tma or bits == 16 or (tiles.specialized and codes.dtype == torch.int8),
+        "tensor descriptors are for 16-bit weights, and for int8 rows with specialized tiles: choose tiles with tma=False",
+    )
+    check(
+        not tiles.specialized or (codes.dtype != torch.float32 and codes.is_cuda and _properties(x.device).major == 9),
+        "specialized tiles need bf16, fp16 or int8 rows on compute capability 9.x: choose others",
     )
     check(not tiles.tma or num_features % 16 == 0, f"{num_features} features; tensor descriptors need a multiple of 16")
     if logits_scratch is None:
@@ -74,7 +80,7 @@ def head_topk(
 
 
 def _launch(
-    x: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
     weight: torch.Tensor | Int8Head,
     k: int,
     vocab_size: int,
@@ -87,6 +93,7 @@ def _launch(
 
     num_rows, num_features = x.shape
     matrix, scales = (weight.codes, weight.scales) if isinstance(weight, Int8Head) else (weight, logits)
+    x, row_scales = x if isinstance(x, QuantizedRows) else (x, logits)
     # apart: a piece of one allocation might not be aligned, and Triton compiles another kernel for an unaligned pointer
     partials = logits.new_empty((-(-vocab_size // (tiles.chunk * _PACK)), num_rows, _PACK, 2))
     banned_logits = logits.new_empty(num_rows)
@@ -108,9 +115,9 @@ def _launch(
         from kernels.head_topk.specialized import head_specialized_kernel
 
         grid = (min(num_tiles, _properties(x.device).multi_processor_count),)
-        head_specialized_kernel[grid](*inputs, given, thresholds, flags, *outputs, num_tiles, **options)
+        head_specialized_kernel[grid](*inputs, row_scales, scales, given, thresholds, flags, *outputs, num_tiles, **options)
     else:
-        head_chunk_kernel[(num_tiles,)](*inputs, scales, given, thresholds, *outputs, **options)
+        head_chunk_kernel[(num_tiles,)](*inputs, row_scales, scales, given, thresholds, *outputs, **options)
     head_merge_kernel[(num_rows,)](
         partials,
         given,
@@ -152,11 +159,12 @@ def operands(x: torch.Tensor, matrix: torch.Tensor, tiles: HeadTiles) -> tuple[A
 
 def _swizzled(tensor: torch.Tensor, rows: int, tiles: HeadTiles) -> Any:
     """A descriptor that also names the layout of its blocks in shared memory, which Gluon leaves to its user."""
-    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16
+    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16, int8
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     block = [rows, tiles.block_features]
-    layout = NVMMASharedLayout.get_default_for(block, bfloat16 if tensor.dtype == torch.bfloat16 else float16)
+    dtype = {torch.bfloat16: bfloat16, torch.float16: float16, torch.int8: int8}[tensor.dtype]
+    layout = NVMMASharedLayout.get_default_for(block, dtype)
     return TensorDescriptor.from_tensor(tensor, block, layout)
 
 
@@ -222,7 +230,7 @@ def merge_constants(k: int, vocab_size: int, has_banned: bool, tiles: HeadTiles)
     }
 
 
-def _empty_result(x: torch.Tensor, k: int) -> TopTokens:
+def _empty_result(x: torch.Tensor | QuantizedRows, k: int) -> TopTokens:
     return TopTokens(
         torch.empty((x.shape[0], k), dtype=torch.float32, device=x.device),
         torch.empty((x.shape[0], k), dtype=torch.int32, device=x.device),
@@ -230,7 +238,13 @@ def _empty_result(x: torch.Tensor, k: int) -> TopTokens:
     )
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor | Int8Head, k: int, vocab_size: int, banned: torch.Tensor | None) -> None:
+def _check(
+    x: torch.Tensor | QuantizedRows, weight: torch.Tensor | Int8Head, k: int, vocab_size: int, banned: torch.Tensor | None
+) -> None:
+    if isinstance(x, QuantizedRows):
+        check_quantized(x, x.codes.shape[-1])
+        check(isinstance(weight, Int8Head), "int8 rows need an int8 head: pass quantize_head(weight), or float rows")
+        x = x.codes
     matrix = weight.codes if isinstance(weight, Int8Head) else weight
     check(
         matrix.dim() == 2 and matrix.shape[1] == x.shape[1],

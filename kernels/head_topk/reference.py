@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from kernels.head_topk.operands import Int8Head, TopTokens
+from kernels.quantized_rows import QuantizedRows
 
 
 def head_topk_reference(
-    x: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
     weight: torch.Tensor | Int8Head,
     *,
     k: int,
@@ -18,7 +19,8 @@ def head_topk_reference(
 ) -> TopTokens:
     """Same contract as `head_topk`, computed in `dtype`; values and log_sum_exp are returned in it."""
     matrix = weight.dequantized(dtype) if isinstance(weight, Int8Head) else weight.to(dtype)
-    logits = x.to(dtype) @ matrix[:vocab_size].T
+    rows = x.dequantize(dtype) if isinstance(x, QuantizedRows) else x.to(dtype)
+    logits = rows @ matrix[:vocab_size].T
     log_sum_exp = torch.logsumexp(logits, 1)
     if banned is not None:
         ids = torch.arange(vocab_size, device=x.device)

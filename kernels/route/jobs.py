@@ -20,7 +20,7 @@ def route_jobs(
     few = few_constants(d_model, num_experts, top_k, block_tokens, dtype) | flags
     lists = (i32,) * 7
     head = (dtype, f32, f32, torch.uint8, f32, i32, i32, f32)
-    jobs: list[Job] = [(_MODULE, "route_few_kernel", (*head, *lists, 17, 400, 0.8), few)]
+    jobs: list[Job] = [("kernels.route.few", "route_few_kernel", (*head, *lists, 17, 400, 0.8), few)]
     gate = gate_constants(d_model, num_experts, top_k, tiles, dtype, on_gpu=True) | flags
     jobs.append((_MODULE, "gate_kernel", (dtype, f32, f32, torch.uint8, f32, i32, i32, f32, 320, 0.8), gate))
     for pairs in (320 * top_k, 4096 * top_k):

@@ -1,4 +1,4 @@
-"""The router in two launches (gate GEMM with softmax and top-k; expert order), or in one where tokens are few.
+"""The router in two launches: gate GEMM with softmax and top-k; expert order. `few.py` has the one launch for few tokens.
 
 T tokens, D d_model, E experts (E_PAD the next power of two), P = T * TOP_K pairs.
 """
@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels.dependency import prefetch_lines, wait_for_inputs
+from kernels.route.choice import choose, store_lists, sum_of_parts, zero
 
 
 @triton.jit
@@ -34,72 +35,6 @@ def _add_product(acc, x, high, middle, low, THIRDS: tl.constexpr):
     else:
         acc = tl.dot(x.to(tl.float32), high, acc, input_precision="tf32x3")
     return acc
-
-
-@triton.jit
-def _sum_of_parts(ptrs, stride, live, bias_ptr, e, E: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Logits [BT, E_PAD]: parts added in order, then the bias."""
-    total = tl.load(ptrs, mask=live[:, None], other=0.0, cache_modifier=".cg")
-    for part in tl.static_range(1, PARTS):
-        total += tl.load(ptrs + part * stride, mask=live[:, None], other=0.0, cache_modifier=".cg")
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
-    return total
-
-
-@triton.jit
-def _lowest(is_it, e, E: tl.constexpr):
-    """The first expert of each row of which something is true; the last one where it is of none (rows of NaN)."""
-    return tl.minimum(tl.min(tl.where(is_it, e[None, :], E), 1), E - 1)
-
-
-@triton.jit
-def _choose(
-    logits,
-    rows,
-    live,
-    e,
-    active_ptr,
-    ids_ptr,
-    gates_ptr,
-    gate_scale,
-    E: tl.constexpr,
-    TOP_K: tl.constexpr,
-    HAS_ACTIVE: tl.constexpr,
-    EPS: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """Store experts and gates of some tokens; returns first and second choice (twice the first for top-1), -1 where
-    inactive."""
-    active = live
-    if HAS_ACTIVE:
-        active = live & (tl.load(active_ptr + rows, mask=live, other=0) != 0)
-    logits = tl.where((e < E)[None, :], logits, float("-inf"))
-    peak = tl.max(logits, 1)
-    exp = tl.exp(logits - peak[:, None])
-    total = tl.sum(exp, 1)
-    probs = (exp / total[:, None]).to(dtype).to(tl.float32)
-    p1 = (1.0 / total).to(dtype).to(tl.float32)  # the largest of probs: exp(0) / total
-    best = _lowest(probs == p1[:, None], e, E)
-    first = tl.where(active, best, -1)
-    second = first
-    if TOP_K == 1:
-        tl.store(ids_ptr + rows, first, mask=live)
-        tl.store(gates_ptr + rows, tl.where(active, p1 * gate_scale, 0.0), mask=live)
-    else:
-        rest = tl.where(e[None, :] == best[:, None], float("-inf"), logits)
-        second_peak = tl.max(rest, 1)
-        next_best = _lowest(rest == second_peak[:, None], e, E)
-        p2 = (tl.exp(second_peak - peak) / total).to(dtype).to(tl.float32)
-        both = tl.maximum((p1 + p2).to(dtype).to(tl.float32), EPS)
-        g1 = (p1 / both).to(dtype).to(tl.float32) * gate_scale
-        g2 = (p2 / both).to(dtype).to(tl.float32) * gate_scale
-        second = tl.where(active, next_best, -1)
-        tl.store(ids_ptr + rows * 2, first, mask=live)
-        tl.store(ids_ptr + rows * 2 + 1, second, mask=live)
-        tl.store(gates_ptr + rows * 2, tl.where(active, g1, 0.0), mask=live)
-        tl.store(gates_ptr + rows * 2 + 1, tl.where(active, g2, 0.0), mask=live)
-    return first, second
 
 
 @triton.jit
@@ -229,47 +164,9 @@ def gate_kernel(
             pass
         tl.debug_barrier()  # no thread reads before thread 0's acquire
         ptrs = partial_ptr + rows.to(tl.int64)[:, None] * E_PAD + e[None, :]
-        logits = _sum_of_parts(ptrs, T.to(tl.int64) * E_PAD, live, bias_ptr, e, E, SPLIT, HAS_BIAS)
+        logits = sum_of_parts(ptrs, T.to(tl.int64) * E_PAD, live, bias_ptr, e, E, SPLIT, HAS_BIAS)
         dtype: tl.constexpr = x_ptr.dtype.element_ty
-        _choose(logits, rows, live, e, active_ptr, ids_ptr, gates_ptr, gate_scale, E, TOP_K, HAS_ACTIVE, EPS, dtype)
-
-
-@triton.jit
-def _store_lists(
-    counts,
-    e,
-    counts_ptr,
-    offsets_ptr,
-    tiles_ptr,
-    num_tiles_ptr,
-    E: tl.constexpr,
-    E_PAD: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-):
-    """Counts, offsets and tile records of all experts, from their counts [E_PAD]."""
-    tiles = (counts + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-    ends = tl.cumsum(counts, 0)
-    last_tiles = tl.cumsum(tiles, 0)
-    offsets = ends - counts
-    tl.store(counts_ptr + e, counts, mask=e < E)
-    tl.store(offsets_ptr + e, offsets, mask=e < E)
-    tl.store(offsets_ptr + 1 + e, ends, mask=e == E - 1)
-    tl.store(num_tiles_ptr + tl.zeros((E_PAD,), tl.int32), last_tiles, mask=e == E - 1)
-    records = tiles_ptr + (last_tiles - tiles) * 4
-    for t in range(tl.max(tiles, 0)):
-        mask = t < tiles
-        tl.store(records + t * 4, e, mask=mask)
-        tl.store(records + t * 4 + 1, offsets + t * BLOCK_TOKENS, mask=mask)
-        tl.store(records + t * 4 + 2, tl.minimum(counts - t * BLOCK_TOKENS, BLOCK_TOKENS), mask=mask)
-        tl.store(records + t * 4 + 3, tl.zeros((E_PAD,), tl.int32), mask=mask)
-
-
-@triton.jit
-def _zero(ptr, words, first, stride):
-    """Zero an int32 buffer in pieces of 256 words from word `first` on, `stride` words apart."""
-    for s in range(first, words, stride):
-        word = s + tl.arange(0, 256)
-        tl.store(ptr + word, tl.zeros((256,), tl.int32), mask=word < words)
+        choose(logits, rows, live, e, active_ptr, ids_ptr, gates_ptr, gate_scale, E, TOP_K, HAS_ACTIVE, EPS, dtype)
 
 
 @triton.jit
@@ -316,7 +213,7 @@ def expert_order_kernel(
     expert = tl.program_id(0)
     lane = tl.arange(0, CHUNK)
     if expert < E:
-        _zero(sync_ptr, sync_words, expert * 256, E * 256)
+        zero(sync_ptr, sync_words, expert * 256, E * 256)
         if ONE_CHUNK:
             ids = tl.load(ids_ptr + lane, mask=lane < P, other=-1)
             _place(ids, lane, expert, _smaller(ids, expert), gather_ptr, scatter_ptr)
@@ -328,83 +225,11 @@ def expert_order_kernel(
                 ids = tl.load(ids_ptr + c + lane, mask=c + lane < P, other=-1)
                 before = _place(ids, c + lane, expert, before, gather_ptr, scatter_ptr)
     else:
-        _zero(semaphore_ptr, semaphore_words, 0, 256)
+        zero(semaphore_ptr, semaphore_words, 0, 256)
         e = tl.arange(0, E_PAD)
         counts = tl.zeros((E_PAD,), dtype=tl.int32)
         for c in range(0, P, CHUNK):
             ids = tl.load(ids_ptr + c + lane, mask=c + lane < P, other=-1)
             tl.store(scatter_ptr + c + lane, tl.zeros((CHUNK,), tl.int32) - 1, mask=(ids < 0) & (c + lane < P))
             counts += tl.histogram(tl.maximum(ids, 0), E_PAD, mask=ids >= 0)
-        _store_lists(counts, e, counts_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, E, E_PAD, BLOCK_TOKENS)
-
-
-@triton.jit(do_not_specialize=["T", "sync_words"])
-def route_few_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    active_ptr,
-    partial_ptr,
-    semaphore_ptr,
-    ids_ptr,
-    gates_ptr,
-    counts_ptr,
-    offsets_ptr,
-    gather_ptr,
-    scatter_ptr,
-    tiles_ptr,
-    num_tiles_ptr,
-    sync_ptr,
-    T,
-    sync_words,
-    gate_scale,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    E_PAD: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BT: tl.constexpr,
-    KC: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_ACTIVE: tl.constexpr,
-    EPS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """At most BT tokens. One program = KC features of D; the last one adds the parts in order, chooses and orders."""
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    SPLIT: tl.constexpr = (D + KC - 1) // KC
-    split = tl.program_id(0)
-    e = tl.arange(0, E_PAD)
-    at = split * KC + tl.arange(0, KC)
-    rows = tl.arange(0, BT)
-    live = rows < T
-    w = tl.load(w_ptr + e[None, :] * D + at[:, None], mask=(e < E)[None, :] & (at < D)[:, None], other=0.0)
-    wait_for_inputs(OVERLAP)
-    inside = live[:, None] & (at < D)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * D + at[None, :], mask=inside, other=0.0)
-    _zero(sync_ptr, sync_words, split * 256, SPLIT * 256)
-    logits = tl.zeros((BT, E_PAD), dtype=tl.float32)
-    logits = tl.dot(x.to(tl.float32), w.to(tl.float32), logits, input_precision="tf32x3")
-    base = partial_ptr + rows[:, None] * E_PAD + e[None, :]
-    tl.store(base + split * (T * E_PAD), logits, mask=live[:, None])
-    tl.debug_barrier()  # every thread's stores come before thread 0's release
-    if tl.atomic_add(semaphore_ptr, 1, sem="acq_rel") == SPLIT - 1:
-        total = _sum_of_parts(base, T * E_PAD, live, bias_ptr, e, E, SPLIT, HAS_BIAS)
-        tl.store(semaphore_ptr, 0)
-        first, second = _choose(
-            total, rows, live, e, active_ptr, ids_ptr, gates_ptr, gate_scale, E, TOP_K, HAS_ACTIVE, EPS, dtype
-        )
-        PAIRS: tl.constexpr = BT * TOP_K
-        ids = first
-        if TOP_K == 2:
-            ids = tl.reshape(tl.join(first, second), (PAIRS,))
-        pair = tl.arange(0, PAIRS)
-        key = tl.where(ids < 0, E, ids)
-        # pairs of smaller experts, and earlier ones of the same, stand before a pair
-        before = (key[None, :] < key[:, None]) | ((key[None, :] == key[:, None]) & (pair[None, :] < pair[:, None]))
-        position = tl.sum(before.to(tl.int32), 1)
-        there = pair < T * TOP_K
-        tl.store(gather_ptr + position, pair, mask=there & (ids >= 0))
-        tl.store(scatter_ptr + pair, tl.where(ids < 0, -1, position), mask=there)
-        counts = tl.sum((ids[:, None] == e[None, :]).to(tl.int32), 0)
-        _store_lists(counts, e, counts_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, E, E_PAD, BLOCK_TOKENS)
+        store_lists(counts, e, counts_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, E, E_PAD, BLOCK_TOKENS)

@@ -78,7 +78,7 @@ def _launch_few(
     routing: Routing,
     gate_scale: float,
 ) -> None:
-    from kernels.route.kernel import route_few_kernel
+    from kernels.route.few import route_few_kernel
 
     num_tokens, d_model = x.shape
     constants = few_constants(d_model, weight.shape[0], routing.top_k, routing.block_tokens, x.dtype)

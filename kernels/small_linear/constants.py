@@ -64,6 +64,25 @@ def specialized_constants(
     } | overlap_options(tiles.overlap)
 
 
+def int8_rows_constants(
+    n: int, k: int, tiles: LinearTiles, *, bias: bool, relu: bool, mode: int, integer: bool, hopper: bool
+) -> dict[str, Any]:
+    """For `int8_rows_kernel`; integer: not on compute capability 7.x; hopper: 9.0 or later."""
+    return {
+        "N": n,
+        "K": k,
+        "BN": tiles.bn,
+        "BK": tiles.bk,
+        "BR": tiles.br,
+        "STAGES": tiles.stages,
+        "BIAS": bias,
+        "RELU": relu,
+        "MODE": mode,
+        "INTEGER": integer,
+        "num_warps": tiles.warps,
+    } | overlap_options(tiles.overlap and hopper)
+
+
 def gemv_constants(
     n: int, k: int, tiles: LinearTiles, *, int8: bool, bias: bool, norm: bool, relu: bool, mode: int, hopper: bool
 ) -> dict[str, Any]:

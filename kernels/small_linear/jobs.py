@@ -11,6 +11,7 @@ from kernels.small_linear.constants import (
     finish_constants,
     gemm_constants,
     gemv_constants,
+    int8_rows_constants,
     specialized_constants,
     statistics_constants,
 )
@@ -59,7 +60,7 @@ def linear_jobs(
             for rows in (tiles.br, tiles.bn)
         ]
         constants = specialized_constants(n, k, tiles, bias=True, norm=how, relu=relu, mode=mode)
-        given = (dtype, dtype, vector, f32 if norm else dtype, f32 if how == 2 else dtype)
+        given = (dtype, dtype, vector, f32 if norm else dtype, f32 if how == 2 else dtype, dtype, dtype)
         args: tuple[Any, ...] = (*blocks, *given, *target, *sizes)
         return [*jobs, ("kernels.small_linear.specialized", "specialized_linear_kernel", args, constants)]
     constants = gemm_constants(
@@ -70,9 +71,37 @@ def linear_jobs(
     return [*jobs, (_MODULE, "small_linear_kernel", args, constants)]
 
 
+def int8_rows_jobs(
+    n: int,
+    k: int,
+    tiles: LinearTiles,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    folded: bool = True,
+    relu: bool = False,
+    mode: int = 0,
+    integer: bool = True,
+    hopper: bool = False,
+) -> list[Job]:
+    """As `linear_jobs` for int8 rows and int8 weights; folded: over a folded norm, whose bias is fp32."""
+    f32, code = torch.float32, torch.int8
+    index = _I32 if mode == 2 else dtype
+    bias, target, sizes = f32 if folded else dtype, (dtype, dtype, index, index), (17, 17, 17)
+    if not tiles.specialized:
+        constants = int8_rows_constants(n, k, tiles, bias=True, relu=relu, mode=mode, integer=integer, hopper=hopper)
+        args: tuple[Any, ...] = (code, code, f32, f32, bias, *target, *sizes)
+        return [("kernels.small_linear.int8_rows_kernel", "int8_rows_kernel", args, constants)]
+    blocks = [
+        block_descriptor(torch.empty(rows, k, dtype=code, device="meta"), rows, tiles.bk) for rows in (tiles.br, tiles.bn)
+    ]
+    constants = specialized_constants(n, k, tiles, bias=True, norm=0, relu=relu, mode=mode)
+    args = (*blocks, code, code, bias, f32, f32, f32, f32, *target, *sizes, 1e-5)
+    return [("kernels.small_linear.specialized", "specialized_linear_kernel", args, constants)]
+
+
 def default_jobs(d_model: int, capability: int) -> list[Job]:
     """What the default tiles of a decoder layer (D, F = 4 D) ask of a device of this capability, and a few others."""
-    from kernels.small_linear.tiles import default_tiles
+    from kernels.small_linear.tiles import default_tiles, select_tiles_int8_rows
 
     dtype = torch.float16 if capability < 80 else torch.bfloat16
     d = d_model
@@ -97,5 +126,12 @@ def default_jobs(d_model: int, capability: int) -> list[Job]:
                     found += linear_jobs(
                         n, k, tiles, dtype, int8=bits == 8, norm=norm, relu=relu, mode=mode, hopper=capability >= 90
                     )
+    for n, relu, mode in ((3 * d, False, 2), (d, False, 0), (4 * d, True, 0)):
+        own = {select_tiles_int8_rows(n, d, rows, torch.device("meta")) for rows in (1, 32, 320)}
+        if capability == 90:
+            own |= {LinearTiles(64, 128, br, stages=8, prefetch=True, overlap=True, specialized=True) for br in (32, 64)}
+        for tiles in sorted(own, key=repr):
+            options = {"relu": relu, "mode": mode, "integer": capability >= 80, "hopper": capability >= 90}
+            found += int8_rows_jobs(n, d, tiles, dtype, **options)  # type: ignore[arg-type]
     found += linear_jobs(d, d, default_tiles(d, d, 64, 32, fixed=False), torch.float32, norm=True)
     return found

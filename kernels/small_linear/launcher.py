@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from kernels.launch import check
+from kernels.quantized_rows import QuantizedRows
 from kernels.small_linear.folded import FoldedLinear
+from kernels.small_linear.int8_rows import check_int8_rows, launch_int8_rows
 from kernels.small_linear.launches import (
     OUT,
     QKV,
@@ -20,11 +22,13 @@ from kernels.small_linear.launches import (
     stored_matrix,
 )
 from kernels.small_linear.scratch import SPLIT_ROWS, LinearScratch, buffer
-from kernels.small_linear.tiles import LinearTiles, select_tiles
+from kernels.small_linear.tiles import LinearTiles, select_tiles, select_tiles_int8_rows
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def small_linear(
-    x: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
     weight: Weight,
     bias: torch.Tensor | None = None,
     *,
@@ -34,6 +38,7 @@ def small_linear(
     tiles: LinearTiles | None = None,
     fixed: bool = False,
     scratch: LinearScratch | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """relu(x W^T + bias) -> out [R, N]; or, with a residual, added to it in place, and the residual is returned.
 
@@ -42,6 +47,10 @@ def small_linear(
     in between. residual [R, N] of x's dtype: the sum is taken in fp32 and rounded once. fp32 accumulation; fp32 weights are
     multiplied as fp32, not tf32. In fp16 what would be +-inf becomes +-(65504 - 1000), as NLLB clamps. out and residual must
     not be x.
+
+    x as QuantizedRows goes with int8 weights: products int8 x int8 are summed in int32, then times the scales of row and
+    feature. With a FoldedLinear its rows are those of `add_layernorm_int8` without weight and bias. Where neither out nor
+    residual says the result's dtype, `dtype` must; bias is of it.
 
     Tiles come from the shape: `fixed` picks them by (N, K) alone, so that a row's bits depend neither on R nor on the other
     rows. Capture-safe: no host sync. With a scratch (`linear_scratch`, one per stream) nothing but `out` is allocated;
@@ -53,14 +62,17 @@ def small_linear(
     check(out is None or residual is None, "the result of a call with a residual is the residual: leave out=None")
     mode = OUT if residual is None else RESIDUAL
     result = residual if residual is not None else out
-    result = x.new_empty((x.shape[0], n)) if result is None else result
+    if result is None:
+        dtype = x.dtype if isinstance(x, torch.Tensor) else dtype
+        check(dtype is not None, "int8 rows do not say the result's dtype: pass out, residual or dtype")
+        result = torch.empty((x.shape[0], n), dtype=dtype, device=x.device)
     _check_result(result, (x.shape[0], n), x, "out" if residual is None else "residual")
     _linear(x, weight, bias, relu, mode, result, None, tiles, fixed, scratch)
     return result
 
 
 def qkv_linear(
-    x: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
     weight: Weight,
     bias: torch.Tensor | None,
     cells: torch.Tensor,
@@ -87,29 +99,41 @@ def qkv_linear(
         f"cells are {list(cells.shape)}; want [rows, T_max, 2, H, Dh] with H * Dh = {d}",
     )
     check(cells.is_contiguous(), "cells must be contiguous: pass one layer of the cache")
-    check(cells.dtype == x.dtype, f"cells are {cells.dtype}, x is {x.dtype}: allocate the cache in x's dtype")
+    if isinstance(x, torch.Tensor):
+        check(cells.dtype == x.dtype, f"cells are {cells.dtype}, x is {x.dtype}: allocate the cache in x's dtype")
     for name, index in (("rows", rows), ("positions", positions)):
         check(
-            index.dtype == torch.int32 and index.shape == x.shape[:1] and index.is_contiguous(),
+            index.dtype == torch.int32 and tuple(index.shape) == (x.shape[0],) and index.is_contiguous(),
             f"{name} is {index.dtype}{list(index.shape)}; want contiguous int32[{x.shape[0]}]",
         )
-    q = x.new_empty((x.shape[0], d)) if q_out is None else q_out
-    _check_result(q, (x.shape[0], d), x, "q_out")
+    q = torch.empty((x.shape[0], d), dtype=cells.dtype, device=cells.device) if q_out is None else q_out
+    _check_result(q, (x.shape[0], d), x, "q_out", cells.dtype)
     _linear(x, weight, bias, False, QKV, q, Cache(cells, rows, positions), tiles, fixed, scratch)
     return q
 
 
-def _check_result(result: torch.Tensor, shape: tuple[int, int], x: torch.Tensor, name: str) -> None:
+def _check_result(
+    result: torch.Tensor,
+    shape: tuple[int, int],
+    x: torch.Tensor | QuantizedRows,
+    name: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """dtype: what a result of int8 rows must be; None: any float."""
+    dtype = x.dtype if isinstance(x, torch.Tensor) else dtype or result.dtype
     check(
-        tuple(result.shape) == shape and result.dtype == x.dtype and result.is_contiguous(),
-        f"{name} is {result.dtype}{list(result.shape)}; want contiguous {x.dtype}{list(shape)}",
+        tuple(result.shape) == shape and result.dtype == dtype and result.is_contiguous(),
+        f"{name} is {result.dtype}{list(result.shape)}; want contiguous {dtype}{list(shape)}",
     )
-    check(result.data_ptr() != x.data_ptr() or x.numel() == 0, f"{name} is x itself: give it memory of its own")
+    if isinstance(x, torch.Tensor):
+        check(result.data_ptr() != x.data_ptr() or x.numel() == 0, f"{name} is x itself: give it memory of its own")
+    else:
+        check(dtype in _FLOATS, f"{name} is {dtype}; choose float32, float16 or bfloat16")
 
 
 def _check_operands(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> None:
     check(x.dim() == 2 and x.is_contiguous(), f"x is {list(x.shape)}; want contiguous [R, K]")
-    check(x.dtype in (torch.float32, torch.float16, torch.bfloat16), f"x is {x.dtype}; choose float32, float16 or bfloat16")
+    check(x.dtype in _FLOATS, f"x is {x.dtype}; choose float32, float16 or bfloat16")
     n, k = weight.shape
     check(k == x.shape[1], f"weight is [{n}, {k}]; x wants [N, {x.shape[1]}]")
     matrix, is_int8 = stored_matrix(weight)
@@ -123,7 +147,7 @@ def _check_operands(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) 
 
 
 def _linear(
-    x: torch.Tensor,
+    x: torch.Tensor | QuantizedRows,
     weight: Weight,
     bias: torch.Tensor | None,
     relu: bool,
@@ -135,8 +159,14 @@ def _linear(
     scratch: LinearScratch | None,
 ) -> None:
     """Check, choose tiles, launch: [row statistics,] GEMM with its epilogue, or library GEMM [, epilogue]."""
-    _check_operands(x, weight, bias)
     (n, k), rows = weight.shape, x.shape[0]
+    if isinstance(x, QuantizedRows):
+        check_int8_rows(x, weight, bias, result.dtype)
+        if rows > 0:
+            tiles = tiles or select_tiles_int8_rows(n, k, rows, x.device)
+            launch_int8_rows(x, weight, bias, relu, mode, result, cache, tiles)
+        return
+    _check_operands(x, weight, bias)
     if rows == 0:
         return
     matrix, is_int8 = stored_matrix(weight)

@@ -83,16 +83,18 @@ def launch_statistics(x: torch.Tensor, eps: float, statistics: torch.Tensor) -> 
     """Mean and 1 / standard deviation of every row into statistics fp32[R, 2]."""
     from kernels.small_linear.kernel import row_statistics_kernel
 
-    row_statistics_kernel[(x.shape[0],)](x, statistics, eps, **statistics_constants(x.shape[1], hopper=_is_hopper(x.device)))
+    row_statistics_kernel[(x.shape[0],)](x, statistics, eps, **statistics_constants(x.shape[1], hopper=is_hopper(x.device)))
 
 
 @functools.cache
-def _major(device: torch.device) -> int:
+def major(device: torch.device) -> int:
+    """Of the compute capability; 0 without a GPU."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
-def _is_hopper(device: torch.device) -> bool:
-    return _major(device) >= 9
+def is_hopper(device: torch.device) -> bool:
+    """Compute capability 9.0 or later."""
+    return major(device) >= 9
 
 
 def launch_gemm(
@@ -141,7 +143,7 @@ def launch_gemm(
         "bias": bias is not None,
         "relu": relu,
         "mode": mode,
-        "hopper": _is_hopper(x.device),
+        "hopper": is_hopper(x.device),
     }
     if tiles.no_dot:
         constants = gemv_constants(n, k, tiles, norm=folded is not None, **what)
@@ -161,11 +163,11 @@ def launch_gemm(
 
 
 def check_specialized(x: torch.Tensor, weight: Weight, mode: int, tiles: LinearTiles) -> None:
-    """Raise ValueError where specialized tiles do not serve these operands."""
-    (n, k), (matrix, is_int8) = weight.shape, stored_matrix(weight)
+    """Raise ValueError where specialized tiles do not serve these operands; x: rows, or their codes."""
+    (n, k), (matrix, _) = weight.shape, stored_matrix(weight)
     check(
-        x.dtype != torch.float32 and not is_int8 and _major(x.device) == 9,
-        "specialized tiles need bf16 or fp16 rows and weights on compute capability 9.x: choose others",
+        x.dtype != torch.float32 and matrix.dtype == x.dtype and major(x.device) == 9,
+        "specialized tiles need bf16 or fp16 rows and weights on compute capability 9.x, or both in int8: choose others",
     )
     features = n // 3 if mode == QKV else n
     check(
@@ -206,6 +208,8 @@ def launch_specialized(
         matrix if bias is None else bias,
         matrix if folded is None else folded.column_sums,
         matrix if statistics is None else statistics,
+        matrix,
+        matrix,
         result,
         result if cache is None else cache.cells,
         result if cache is None else cache.rows,
@@ -219,12 +223,13 @@ def launch_specialized(
 
 
 def block_descriptor(matrix: torch.Tensor, rows: int, columns: int) -> Any:
-    """How the copy engine reads blocks [rows, columns] of a 16-bit matrix, and how they lie in shared memory."""
-    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16
+    """How the copy engine reads blocks [rows, columns] of a matrix in 16 bits or int8, and how they lie in shared memory."""
+    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16, int8
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     block = [rows, columns]
-    layout = NVMMASharedLayout.get_default_for(block, bfloat16 if matrix.dtype == torch.bfloat16 else float16)
+    dtype = {torch.bfloat16: bfloat16, torch.float16: float16, torch.int8: int8}[matrix.dtype]
+    layout = NVMMASharedLayout.get_default_for(block, dtype)
     return TensorDescriptor.from_tensor(matrix, block, layout)
 
 
@@ -240,7 +245,7 @@ def _launch_finish(
     from kernels.small_linear.kernel import finish_linear_kernel
 
     rows, n = product.shape
-    constants = finish_constants(n, x.shape[1], norm=folded is not None, relu=relu, mode=mode, hopper=_is_hopper(x.device))
+    constants = finish_constants(n, x.shape[1], norm=folded is not None, relu=relu, mode=mode, hopper=is_hopper(x.device))
     finish_linear_kernel[(rows, -(-n // constants["BLOCK"]))](
         product,
         x,

@@ -45,7 +45,8 @@ def _produce(
 ):
     """Fill the ring: weights of all stages, then rows, then both as stages become free. One barrier counts both."""
     STEPS: gl.constexpr = K // BK
-    BYTES: gl.constexpr = (BN + BR) * BK * 2
+    SIZE: gl.constexpr = ws.dtype.primitive_bitwidth // 8
+    BYTES: gl.constexpr = (BN + BR) * BK * SIZE
     for stage in gl.static_range(STAGES):
         if stage < STEPS:
             mbarrier.expect(ready.index(stage), BYTES)
@@ -53,7 +54,7 @@ def _produce(
     if PREFETCH and STAGES < STEPS:  # noqa: SIM102 (the outer one is decided while compiling)
         if row0 == 0:
             strip = (w_ptr + n0.to(gl.int64) * K).to(gl.int64)
-            gl.inline_asm_elementwise(PREFETCH_PTX, "=r,l,r", [strip, gl.to_tensor(BN * K * 2)], gl.int32, False, 1)
+            gl.inline_asm_elementwise(PREFETCH_PTX, "=r,l,r", [strip, gl.to_tensor(BN * K * SIZE)], gl.int32, False, 1)
     if OVERLAP:
         gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], gl.int32, False, 1)
     for stage in gl.static_range(STAGES):
@@ -77,6 +78,8 @@ def _consume(
     bias_ptr,
     column_sums_ptr,
     statistics_ptr,
+    scale_ptr,
+    row_scale_ptr,
     out_ptr,
     cells_ptr,
     rows_ptr,
@@ -101,15 +104,18 @@ def _consume(
     WARPS: gl.constexpr,
 ):
     """Products, norm, bias, ReLU, target. NORM 0: none; 1: sums and squares of the rows less one of their values, from the
-    tiles in shared memory while the products run; 2: from statistics [R, 2]."""
-    dtype: gl.constexpr = xs.dtype
+    tiles in shared memory while the products run; 2: from statistics [R, 2]. int8 rows and weights: summed in int32, then
+    times the scales of row and feature."""
+    INT8: gl.constexpr = xs.dtype == gl.int8
+    SUM: gl.constexpr = gl.int32 if INT8 else gl.float32
     STEPS: gl.constexpr = K // BK
     ROWS_WIDE: gl.constexpr = BR >= 64
     WIDE: gl.constexpr = BR if ROWS_WIDE else BN
     NARROW: gl.constexpr = BN if ROWS_WIDE else BR
     WARPS_WIDE: gl.constexpr = WARPS if WIDE >= 16 * WARPS else WIDE // 16
     INSTRUCTION: gl.constexpr = NARROW * WARPS_WIDE // WARPS
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS_WIDE, WARPS // WARPS_WIDE], [16, INSTRUCTION, 16])
+    DEPTH: gl.constexpr = 32 if INT8 else 16
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS_WIDE, WARPS // WARPS_WIDE], [16, INSTRUCTION, DEPTH])
     LANES: gl.constexpr = BN // 8 if BN < 256 else 32
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [WARPS, 1], [1, 0])
     X_LANES: gl.constexpr = BK // 8 if BK < 256 else 32
@@ -122,6 +128,8 @@ def _consume(
         bias = gl.load(bias_ptr + n).to(gl.float32)
     if NORM > 0:
         column_sums = gl.load(column_sums_ptr + n)
+    if INT8:
+        scale = gl.load(scale_ptr + n)
     if OVERLAP:  # all but the weights may have been written by the kernel before
         gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], gl.int32, False, 1)
     if MODE == 1:
@@ -137,7 +145,9 @@ def _consume(
     elif NORM == 2:
         mean = gl.load(statistics_ptr + r * 2, mask=live, other=0.0)
         rstd = gl.load(statistics_ptr + r * 2 + 1, mask=live, other=0.0)
-    acc = warpgroup_mma_init(gl.zeros((WIDE, NARROW), gl.float32, ACC))
+    if INT8:
+        row_scale = gl.load(row_scale_ptr + r, mask=live, other=0.0)
+    acc = warpgroup_mma_init(gl.zeros((WIDE, NARROW), SUM, ACC))
     for step in range(STEPS):
         at = step % STAGES
         mbarrier.wait(ready.index(at), (step // STAGES) & 1)
@@ -156,6 +166,8 @@ def _consume(
     if not ROWS_WIDE:
         y = gl.permute(y, (1, 0))
     y = gl.convert_layout(y, OUT)
+    if INT8:
+        y = y.to(gl.float32) * row_scale[:, None] * scale[None, :]
     if NORM == 1:
         left = gl.sum(sums, 1) / K
         variance = gl.sum(squares, 1) / K - left * left
@@ -169,6 +181,7 @@ def _consume(
         y = gl.where(y < 0.0, 0.0, y)  # keeps NaN, as torch does
     if MODE == 1:
         y += old.to(gl.float32)
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
     if dtype == gl.float16:
         y = gl.where(y >= 65520.0, 64504.0, gl.where(y <= -65520.0, -64504.0, y))
     done = y.to(dtype)
@@ -193,6 +206,8 @@ def specialized_linear_kernel(
     bias_ptr,
     column_sums_ptr,
     statistics_ptr,
+    scale_ptr,
+    row_scale_ptr,
     out_ptr,
     cells_ptr,
     rows_ptr,
@@ -223,7 +238,8 @@ def specialized_linear_kernel(
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=1)
+        if STAGES < K // BK:  # else nobody waits for these: the compiler gives their memory to others, and a barrier made
+            mbarrier.init(free.index(stage), count=1)  # there shows up among their data (seen with int8 rows)
     row0 = gl.program_id(0) * BR
     n0 = gl.program_id(1) * BN
     if OVERLAP:  # what waits behind this kernel may start before: it waits too
@@ -241,6 +257,8 @@ def specialized_linear_kernel(
                     bias_ptr,
                     column_sums_ptr,
                     statistics_ptr,
+                    scale_ptr,
+                    row_scale_ptr,
                     out_ptr,
                     cells_ptr,
                     rows_ptr,

@@ -92,3 +92,16 @@ def select_tiles(
     if found is not None:
         return LinearTiles(**found)  # type: ignore[arg-type]
     return default_tiles(num_features, num_inputs, rows, bits, fixed=fixed)
+
+
+def select_tiles_int8_rows(num_features: int, num_inputs: int, rows: int, device: torch.device) -> LinearTiles:
+    """As `select_tiles` for int8 rows and weights. A folded norm makes no difference there, nor does the fixed-order mode:
+    sums in int32 are exact, so that a row's bits depend on no tiles."""
+    found = measured_choice("small_linear", device, shape={"n": num_features, "k": num_inputs, "int8_rows": 1}, size=rows)
+    if found is not None:
+        return LinearTiles(**found)  # type: ignore[arg-type]
+    br = min(64, max(16, next_power_of_two(rows)))
+    bn = 64
+    while bn > 16 and -(-num_features // bn) * -(-rows // br) < _PROGRAMS:
+        bn //= 2
+    return LinearTiles(bn, min(128, max(32, next_power_of_two(num_inputs))), br, warps=4, stages=3)

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from app.ingress import build_api
-from app.metrics import IngressMetrics
+from app.metric_recorders import IngressMetrics
 from app.prometheus import MetricsRelay
 from app.settings import PoolSettings, ServiceSettings
 from app.translation import TranslationService

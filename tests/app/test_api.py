@@ -206,6 +206,54 @@ def test_everything_else_that_can_go_wrong(
         assert response.headers["allow"]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"texts": ["caf\xe9"]}', "the body cannot be read: it is not UTF-8"),
+        (b"[" * 10_000, "the body cannot be read: it is nested too deep"),
+        (b"[1]", "body: must be an object with named fields"),
+        (json.dumps({**GOOD, "q": "a"}).encode(), "q: unknown field"),
+        (b'{"q": "a"}', "source_lang: missing; target_lang: missing; texts: missing"),
+        (
+            json.dumps({**GOOD, "texts": ["\ud800"]}).encode(),
+            "texts.0: contains half of a surrogate pair, which is not text",
+        ),
+        (json.dumps({**GOOD, "source_lang": "auto"}).encode(), "none is detected here"),
+    ],
+)
+def test_messages_say_what_to_mend_in_words_of_the_api(make_service: Make, content: bytes, message: str) -> None:
+    request = {"method": "POST", "url": "/v1/translate", "content": content, "headers": JSON}
+    assert message in error_of(call(make_service(), request)[0])["message"]
+
+
+@pytest.mark.parametrize("url", ["/v2/translate", "/translate?api-version=3.0", "/language/translate/v2", "/v3/glossaries"])
+def test_paths_of_other_services_are_told_where_translations_are(make_service: Make, url: str) -> None:
+    error = error_of(call(make_service(), {"method": "POST", "url": url, "json": {"text": ["a"]}})[0])
+    assert error["code"] == "not_found"
+    assert "POST /v1/translate" in error["message"]
+
+
+def test_a_wrong_method_is_told_the_right_one(make_service: Make) -> None:
+    answers = call(make_service(), *({"method": "PUT", "url": url} for url in ("/v1/translate", "/livez")))
+    assert [error_of(answer)["message"].rpartition("; ")[2] for answer in answers] == ["use POST", "use GET"]
+
+
+def test_probes_may_use_head(make_service: Make) -> None:
+    for answer in call(make_service(), *({"method": "HEAD", "url": url} for url in ("/livez", "/readyz"))):
+        assert answer.status_code == 200
+
+
+def test_a_body_without_length_is_told_the_limit_too(make_service: Make) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"x" * 15_000
+        yield b"x" * 15_000
+
+    service = make_service()
+    for content in (b"x" * 30_000, chunks()):
+        request = {"method": "POST", "url": "/v1/translate", "content": content, "headers": JSON}
+        assert error_of(call(service, request)[0])["details"] == {"limit_bytes": 20_000}
+
+
 def test_json_subtypes_and_charset_are_fine(make_service: Make) -> None:
     for media_type in ("application/json; charset=utf-8", "application/vnd.api+json", "Application/JSON"):
         headers = {"Content-Type": media_type}
@@ -288,6 +336,25 @@ def test_engine_that_dies_is_500_and_then_not_ready(make_service: Make, monkeypa
     monkeypatch.setattr("app.replica.exit_soon", lambda: None)  # taken when the replica is made; it would end this process
     service = make_service()
     assert error_of(translate(service, texts=["boom"]))["code"] == "engine_failed"
+
+
+def test_what_failed_on_our_side_is_one_line_of_the_log_and_what_the_caller_did_is_none(
+    make_service: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = make_service(main=FakeTranslator(max_rows=1, max_waiting=2, step_s=0.001))
+    caplog.clear()  # what loading said
+    with caplog.at_level("INFO", logger="ray.serve"):
+        for fields in ({"texts": []}, {"source_lang": "xx"}, {"texts": ["a", "b", "c", "d"]}):
+            translate(service, **fields)
+        assert caplog.records == []
+        answers = [translate(service, texts=["error"]), translate(service, texts=["forever"], timeout_s=0.1)]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    for line, answer in zip(lines, answers, strict=True):
+        error = error_of(answer)
+        begins = f"request {error['request_id']}: {answer.status_code} {error['code']} on /v1/translate after "
+        assert re.fullmatch(re.escape(begins) + r"\d+\.\d{3} s", line)
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_unexpected_exception_is_500_without_leaking(make_service: Make) -> None:

@@ -89,7 +89,7 @@ def test_out_of_time_keeps_what_there_is(tmp_path: Path) -> None:
         (["--precisions", "int4"], "w4a16"),
         (["--peers", "ctranslate2"], "transformers"),
         (["--repeats", "0"], "at least 1"),
-        (["--device", "cuda"], "--device cpu"),
+        (["--device", "cuda"], "choose cpu"),
     ],
 )
 def test_bad_input_is_explained(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import socket
 import subprocess
@@ -28,6 +29,8 @@ def test_every_command_teaches(capsys: pytest.CaptureFixture[str]) -> None:
             main([name, "--help"])
         assert end.value.code == 0
         shown = capsys.readouterr().out
+        doc = importlib.import_module(f"app.commands.{name.replace('-', '_')}").__doc__ or ""
+        assert doc.partition("\n\n")[0].count("\n") == 0  # the list of commands shows this line and no other
         assert f"babelephant {name}" in shown.partition("examples:")[2]
 
 

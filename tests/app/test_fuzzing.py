@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from app.errors import ERRORS
 from app.ingress import build_api
-from app.metrics import IngressMetrics
+from app.metric_recorders import IngressMetrics
 from app.prometheus import MetricsRelay
 from app.settings import ServiceSettings
 from tests.app.conftest import SETTINGS, Service

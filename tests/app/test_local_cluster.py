@@ -1,18 +1,32 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import stat
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from app.local_cluster import LocalClusterError, _interrupts_held_back, free_ports, prepare_environment, require_free_port
+from app.cli import main
+from app.local_cluster import (
+    STOP_SIGNALS,
+    LocalClusterError,
+    _interrupts_held_back,
+    free_ports,
+    prepare_environment,
+    require_free_port,
+    require_gpus,
+)
+from app.serve_config import load_serve_config
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
 def test_interrupts_take_effect_after_the_block_not_in_it(signum: signal.Signals) -> None:
     before = signal.getsignal(signum)
     finished = False
@@ -94,3 +108,98 @@ def test_haproxy_starts_without_fast_forwarding_and_shows_its_pages_here_only(
     binds = [line.split()[1] for line in config.read_text().splitlines() if "bind" in line]
     assert binds == ["127.0.0.1:18123", "0.0.0.0:18124", "127.0.0.1:18125"]
     assert " -dF " in script.read_text()
+
+
+_STARTER = """
+import os, subprocess, sys, time
+from app.local_cluster import prepare_environment
+prepare_environment(proxy="haproxy")
+subprocess.Popen([os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", sys.argv[1]])
+time.sleep(600)
+"""
+
+
+def test_haproxy_does_not_outlive_a_service_that_is_killed(tmp_path: Path) -> None:
+    port = free_ports(1)[0]
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(
+        "defaults\n  mode http\n  timeout connect 1s\n  timeout client 1s\n  timeout server 1s\n"
+        f"frontend ours\n  bind 127.0.0.1:{port}\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # of earlier tests
+    service = subprocess.Popen([sys.executable, "-c", _STARTER, config], stderr=subprocess.DEVNULL, env=environment)
+    try:
+        eventually(lambda: listens(port))
+    finally:
+        service.kill()
+        service.wait()
+    eventually(lambda: not listens(port))
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+
+
+_GROUPS = """
+import json, os, subprocess
+from app.local_cluster import _process_group_of_its_own
+before = os.getpgrp()
+with _process_group_of_its_own():
+    inside = subprocess.Popen(["sleep", "600"])
+group = os.getpgid(inside.pid)
+inside.kill()
+print(json.dumps([before, group, os.getpgrp()]))
+"""
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_a_signal_to_our_group_does_not_reach_what_was_started_apart(leads: bool) -> None:
+    """Both as the leader of a group (a shell's job) and as a member of one (below make)."""
+    command = [sys.executable, "-c", _GROUPS]
+    if not leads:
+        command = ["sh", "-c", '"$@"; exit $?', "sh", *command]
+    done = subprocess.run(command, process_group=0, capture_output=True, text=True, check=True)
+    before, inside, after = json.loads(done.stdout)
+    assert before == after
+    assert inside != before
+
+
+def test_a_session_leader_stays_where_it_is() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _GROUPS], start_new_session=True, capture_output=True, text=True, check=True
+    )
+    before, inside, after = json.loads(done.stdout)
+    assert before == inside == after
+
+
+def test_an_address_of_another_machine_is_no_matter_of_the_port() -> None:
+    with pytest.raises(LocalClusterError, match="--host") as caught:
+        require_free_port("198.51.100.7", 18_000)
+    assert "--port" not in str(caught.value)
+
+
+def test_an_ipv6_address_wants_serves_own_proxy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    assert main(["serve", "--host", "::1", "--port", "18099"]) == 1
+    assert "babelephant: error: ::1 is an IPv6 address: add --proxy python\n" in capsys.readouterr().err
+
+
+def test_missing_gpus_are_said_before_serve_waits_for_them() -> None:
+    folder = Path(__file__).parents[2] / "cluster_configs" / "serve"
+    require_gpus(load_serve_config(folder / "local-cpu.yaml"), 0)
+    local = load_serve_config(folder / "local-gpu.yaml")
+    require_gpus(local, 1)
+    with pytest.raises(LocalClusterError, match=r"asks for 1 GPU, this machine has 0; .*local-cpu\.yaml"):
+        require_gpus(local, 0)
+    production = load_serve_config(folder / "production.yaml")  # three pools, at least one replica each
+    require_gpus(production, 3)
+    with pytest.raises(LocalClusterError, match="asks for 3 GPUs, this machine has 2; lower"):
+        require_gpus(production, 2)

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-import app.metrics
+import app.metric_export
 from app.errors import ServiceError
-from app.metrics import AUTOSCALING_METRICS, INGRESS_METRICS, POOL_METRICS, IngressMetrics, PoolMetrics, Soon, _Counts
+from app.metric_export import Counts, Soon
+from app.metric_recorders import IngressMetrics, PoolMetrics
+from app.metrics import AUTOSCALING_METRICS, INGRESS_METRICS, POOL_METRICS
 from app.prometheus import MetricsRelay, merge_pages
 from app.settings import resolve_checkpoint
 from engine.accounting import plan_memory
@@ -90,7 +92,7 @@ def test_names_follow_the_conventions() -> None:
 
 
 def test_the_readme_lists_every_metric() -> None:
-    text = (Path(app.metrics.__file__).parent / "README.md").read_text(encoding="utf-8")
+    text = (Path(app.metric_export.__file__).parent / "README.md").read_text(encoding="utf-8")
     listed = [tuple(row) for row in re.findall(r"^\| `(babelephant_\w+)` \| ([\w, ]+) \| (.+) \|$", text, re.MULTILINE)]
     specs = [*INGRESS_METRICS.values(), *POOL_METRICS.values(), *AUTOSCALING_METRICS.values()]
     assert listed == [(spec.name, ", ".join(spec.labels), spec.help) for spec in specs]
@@ -113,7 +115,7 @@ class Recorder:
 
 def test_counts_are_added_up_and_handed_over_soon() -> None:
     live = {"requests": Recorder(), "errors": Recorder()}
-    counts = _Counts(INGRESS_METRICS, live)
+    counts = Counts(INGRESS_METRICS, live)
 
     def many_requests() -> None:
         for status in ("200", "200", "503") * 1000:
@@ -146,7 +148,7 @@ LOAD = ExpertLoad("decode", (1, 3), 8, (64, 64), (20, 61), (2.5, 1.5), (0.3, 0.2
 
 
 def test_expert_loads_are_counted_once_and_not_at_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app.metrics, "_REPEAT_S", 1000.0)
+    monkeypatch.setattr(app.metric_export, "_REPEAT_S", 1000.0)
     pool, stats = PoolMetrics("p"), FakeTranslator().stats()
     pool._counts._soon = Soon(pool._counts.flush, 1000.0)  # not before the test does
     live = {key: Recorder() for key in POOL_METRICS}
@@ -155,7 +157,7 @@ def test_expert_loads_are_counted_once_and_not_at_every_answer(monkeypatch: pyte
     encode = dataclasses.replace(LOAD, stage="encode", layers=(5,), num_passes=1)
 
     def shown(now_s: float, *loads: ExpertLoad) -> None:
-        monkeypatch.setattr("app.metrics.time.monotonic", lambda: now_s)
+        monkeypatch.setattr("app.metric_recorders.time.monotonic", lambda: now_s)
         pool.level(dataclasses.replace(stats, expert_loads=loads), 0)
 
     shown(100.0)  # nothing has run: nothing to say, and nothing to wait for
@@ -183,7 +185,7 @@ def test_expert_loads_are_counted_once_and_not_at_every_answer(monkeypatch: pyte
 
 
 def test_levels_are_set_again_because_rays_exporter_forgets_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app.metrics, "_REPEAT_S", 0.0)
+    monkeypatch.setattr(app.metric_export, "_REPEAT_S", 0.0)
     ingress, pool = IngressMetrics(), PoolMetrics("p")
     plan = plan_memory(ModelConfig.from_checkpoint(resolve_checkpoint("engine/demo/checkpoint")), EngineConfig())
     pool.memory(plan)
@@ -198,7 +200,7 @@ def test_levels_are_set_again_because_rays_exporter_forgets_them(monkeypatch: py
     assert memory["experts"] == plan.experts_bytes
     assert len(memory) == 6
     assert [value for value, _ in pool._live["expert_skew"].calls] == [2.5, 1.5]
-    monkeypatch.setattr(app.metrics, "_REPEAT_S", 60.0)
+    monkeypatch.setattr(app.metric_export, "_REPEAT_S", 60.0)
     pool.level(FakeTranslator().stats(), 0)
     pool.level(FakeTranslator().stats(), 0)  # many times a second under load
     assert len(pool._live["memory"].calls) == 12

@@ -80,6 +80,8 @@ def test_mistakes_are_found_before_ray_starts(tmp_path: Path, change: Any, probl
     with pytest.raises(ServeConfigError) as error:
         load_serve_config(changed(tmp_path, change))
     assert problem in str(error.value)
+    assert "pydantic" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_direct_calls_and_a_pool_that_scales_by_what_its_replicas_say(tmp_path: Path) -> None:
@@ -88,6 +90,12 @@ def test_direct_calls_and_a_pool_that_scales_by_what_its_replicas_say(tmp_path: 
         deployments["demo"]["autoscaling_config"].update(max_replicas=2, policy={"policy_function": POLICY_PATH})
 
     load_serve_config(changed(tmp_path, change))
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65_536])
+def test_a_port_that_cannot_be(port: int) -> None:
+    with pytest.raises(ServeConfigError, match=f"port {port} is none; choose 1024 to 65535"):
+        load_serve_config(CONFIGS[0], port=port)
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

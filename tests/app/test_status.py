@@ -11,7 +11,7 @@ import httpx
 from app.autoscaling.planner import PoolPlan
 from app.errors import ServiceError
 from app.ingress import build_api
-from app.metrics import IngressMetrics
+from app.metric_recorders import IngressMetrics
 from app.pools import ReplicaStatus
 from app.prometheus import MetricsRelay
 from app.settings import ServiceSettings
@@ -106,9 +106,16 @@ def test_a_pool_put_to_sleep_is_no_failure_but_one_that_fails_is() -> None:
     shown = pools(lambda: asleep, rare_replicas=0)
     assert (shown["rare"]["replicas"], shown["rare"]["autoscaling"]["target"]) == ([], 0)
     assert get("/readyz", lambda: asleep, rare_replicas=0)[0] == 200
-    for path in ("/v1/status", "/readyz"):
-        assert get(path, lambda: {"rare": plan(1)}, rare_replicas=0)[0] == 503
-        assert get(path, dict, rare_replicas=0)[0] == 503
+    assert shown["rare"]["error"] is None
+    for read_plans in (lambda: {"rare": plan(1)}, dict):
+        status, body = get("/readyz", read_plans, rare_replicas=0)
+        assert (status, body["error"]["code"], body["error"]["details"]) == (503, "not_ready", {"pools": ["rare"]})
+
+
+def test_the_status_of_a_broken_pool_does_not_hide_the_others() -> None:
+    shown = pools(dict, rare_replicas=0)
+    assert (shown["rare"]["replicas"], shown["rare"]["error"]) == ([], "none answers")
+    assert (len(shown["main"]["replicas"]), shown["main"]["error"]) == (2, None)
 
 
 def test_wrong_settings_are_told_and_hide_nothing_else() -> None:

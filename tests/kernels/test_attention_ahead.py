@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from kernels.attention_checks import CrossCase, GroupCase, SelfCase, cross_inputs, group_inputs, self_inputs
+from kernels.cross_attention_checks import CrossCase, cross_inputs
 from kernels.decode_attention import decode_cross_attention, decode_self_attention
+from kernels.self_attention_checks import GroupCase, SelfCase, group_inputs, self_inputs
 from kernels.small_linear import qkv_linear, small_linear
 
 
@@ -64,18 +65,21 @@ def test_cells_read_ahead_in_a_captured_step_are_the_right_ones(sentences: int, 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sentences", [1, 12, 40])  # entry by entry, and so many that they are worked off by groups
 @pytest.mark.parametrize("poison", [math.nan, 50.0])
-def test_a_start_token_fed_in_the_same_step_is_not_read_ahead(sentences: int, poison: float, cuda: torch.device) -> None:
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("sentences", "beams"), [(1, 4), (12, 4), (40, 4), (64, 1)])  # the last two: by groups
+def test_a_start_token_fed_in_the_same_step_is_not_read_ahead(
+    sentences: int, beams: int, head_dim: int, poison: float, cuda: torch.device
+) -> None:
     """The first step of a sentence: its beams stand at position 1 and attend to the cell that its start token, an entry of
     its own behind the beams, writes in this step."""
-    beams, heads, d = 4, 16, 1024
+    heads, d = 16, 16 * head_dim
     rows_of_beams, generator = beams * sentences, torch.Generator(cuda).manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=cuda, generator=generator).bfloat16()
 
-    weights, cells = [draw(n, d) / 32 for n in (d, 3 * d)], draw(rows_of_beams, 64, 2, heads, 64)
+    weights, cells = [draw(n, d) / 32 for n in (d, 3 * d)], draw(rows_of_beams, 64, 2, heads, head_dim)
     index = torch.arange(rows_of_beams, device=cuda, dtype=torch.int32)
     first_rows = index[:sentences] * beams
     rows = torch.cat((index, first_rows))

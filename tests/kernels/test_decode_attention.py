@@ -9,23 +9,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from kernels.attention_checks import (
-    CrossCase,
-    GroupCase,
-    SelfCase,
-    SelfInputs,
-    attention_failures,
-    check_inputs,
-    cross_cases,
-    cross_inputs,
-    encoder_cases,
-    every_kernel,
-    group_cases,
-    group_inputs,
-    self_cases,
-    self_inputs,
-)
+from kernels.attention_checks import attention_failures, check_inputs, every_kernel
 from kernels.checks import LIMITS
+from kernels.cross_attention_checks import CrossCase, cross_cases, cross_inputs
 from kernels.decode_attention import (
     decode_cross_attention,
     decode_cross_attention_reference,
@@ -33,6 +19,16 @@ from kernels.decode_attention import (
     decode_self_attention_reference,
 )
 from kernels.decode_attention.tiles import GroupTiles, group_constants
+from kernels.encoder_attention_checks import encoder_cases
+from kernels.self_attention_checks import (
+    GroupCase,
+    SelfCase,
+    SelfInputs,
+    group_cases,
+    group_inputs,
+    self_cases,
+    self_inputs,
+)
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 CODE = r"""
 import re, torch
@@ -18,8 +20,8 @@ from kernels.route.tiles import GateTiles
 bf16 = torch.bfloat16
 jobs = [*add_layernorm_jobs(1000, 2, bf16), *route_jobs(1024, 32, 2, bf16, GateTiles(64, 64, 16)), *embed_jobs(64, bf16)]
 jobs += encoder_attention_jobs(256, 4, bf16)
-# loads that may come before the wait: weight and bias of the norm, the router's weights
-early = {"add_layernorm_kernel", "gate_kernel", "route_few_kernel"}
+# loads that may come before the wait: weight and bias of a norm, the router's weights
+early = {"add_layernorm_kernel", "add_layernorm_int8_kernel", "gate_kernel", "route_few_kernel"}
 for job in jobs:
     ptx = re.sub(r"//.*", "", compile_kernel(job, 90).asm["ptx"])
     before, wait, after = ptx.partition("griddepcontrol.wait")
@@ -34,10 +36,39 @@ assert "griddepcontrol" not in compile_kernel(jobs[0], 80).asm["ptx"]
 """
 
 
-def test_kernels_wait_before_they_read_inputs_or_write() -> None:
+ATTENTION = r"""
+import re, torch
+from kernels.compile_ahead import compile_kernel
+from kernels.decode_attention.jobs import decode_attention_jobs, group_jobs
+
+bf16 = torch.bfloat16
+# with head_dim 64 cells are read 16 bytes at a time, and nothing but cells and queries is
+for job in decode_attention_jobs(1024, 16, bf16) + group_jobs(1024, 16, bf16):
+    name = f"{job[1]} AHEAD={job[3]['AHEAD']}"
+    ptx = re.sub(r"//.*", "", compile_kernel(job, 90).asm["ptx"])
+    before, *parts = ptx.split("griddepcontrol.wait")
+    if not job[3]["AHEAD"]:
+        assert len(parts) == 1 and "ld.global" not in before, f"{name} reads before it waits"
+        assert "launch_dependents" not in before and "launch_dependents" in parts[0], f"{name} lets the next one start"
+        continue
+    assert "launch_dependents" in before, f"{name}: the next kernel may not start before the wait"
+    assert not re.search(r"\bst\.global", "".join((before, *parts[:-1]))), f"{name} writes before it waits"
+    ahead, after = (before, *parts)[-2:]
+    assert "ld.global.v4" in ahead and "ld.global.v4" in after, f"{name} reads nothing ahead, or not its queries after"
+    if job[1] == "decode_self_attention_kernel":
+        assert len(parts) == 2 and "ld.global.v4" not in before, f"{name} reads cells before it knows of a start token"
+        guard = before.split(";")[-2]
+        assert re.search(r"@%p\d+ bra", guard), f"{name}: all entries wait, not only those behind a start token: {guard}"
+    else:
+        assert len(parts) == 1, f"{name} waits {len(parts)} times"
+"""
+
+
+@pytest.mark.parametrize("code", [CODE, ATTENTION], ids=["weights_alone_come_early", "attention_reads_ahead"])
+def test_kernels_wait_before_they_read_inputs_or_write(code: str) -> None:
     """In a process of its own: here triton.jit means the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", CODE], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from kernels.attention_checks import EncoderCase, EncoderInputs, check_inputs, encoder_cases, encoder_inputs
+from kernels.attention_checks import check_inputs
 from kernels.checks import LIMITS
 from kernels.encoder_attention import encoder_attention, encoder_attention_reference
+from kernels.encoder_attention_checks import EncoderCase, EncoderInputs, encoder_cases, encoder_inputs
 
 HALVES = [torch.bfloat16, torch.float16]
 

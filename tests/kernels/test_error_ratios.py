@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from kernels.cases import PRECISIONS
-from kernels.checks import ExpertCase
 from kernels.compile_ahead import Job
 from kernels.error_ratios import (
     LIMIT,
@@ -20,6 +19,7 @@ from kernels.error_ratios import (
     head_ratios,
     router_ratio,
 )
+from kernels.expert_checks import ExpertCase
 from kernels.expert_gemm import FfnTiles
 
 DTYPES = [torch.bfloat16, torch.float16]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from kernels.cases import PRECISIONS
-from kernels.checks import LIMITS, ExpertCase, check_expert_case, expert_cases, expert_inputs, pipelined_cases
+from kernels.checks import LIMITS
 from kernels.compile_ahead import Job
+from kernels.expert_checks import ExpertCase, check_expert_case, expert_cases, expert_inputs, pipelined_cases
 from kernels.expert_gemm import (
     FfnTiles,
     PackedExperts,

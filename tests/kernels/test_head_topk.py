@@ -377,7 +377,7 @@ def test_bad_tiles_and_bad_int8_heads_are_refused() -> None:
     with pytest.raises(ValueError, match="are for 16-bit weights"):
         int8 = quantize_head(torch.ones(64, 16))
         head_topk(torch.zeros(1, 16), int8, k=1, vocab_size=50, tiles=HeadTiles(16, 16, tma=True))
-    with pytest.raises(ValueError, match="specialized tiles need bf16 or fp16 on compute capability 9"):
+    with pytest.raises(ValueError, match="specialized tiles need bf16, fp16 or int8 rows on compute capability 9"):
         head_topk(torch.zeros(1, 16).half(), torch.zeros(64, 16).half(), k=1, vocab_size=50, tiles=SPECIALIZED)
     with pytest.raises(ValueError, match="specialized tiles: block_vocab and block_rows"):
         replace(SPECIALIZED, block_rows=64)

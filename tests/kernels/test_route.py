@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from kernels.checks import ROUTE_SIZES, check_route
 from kernels.route import FEW_TOKENS, GateTiles, order_reference, route, route_reference, semaphores
 from kernels.route.tiles import default_tiles
+from kernels.route_checks import ROUTE_SIZES, check_route
 from kernels.routing import max_tiles
 
 TILES = (  # of D = 96: an empty last part; one step for each program; all of D in one program; experts in parts

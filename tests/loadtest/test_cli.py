@@ -292,3 +292,12 @@ def test_loadtest_is_a_stranger_to_the_rest():
     code = f"import sys, loadtest.cli; print([m for m in sys.modules if m.split('.')[0] in {forbidden}])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["aiohttp", "hdrh"])
+def test_a_missing_extra_is_named(module: str) -> None:
+    without = f"import runpy, sys; sys.modules[{module!r}] = None; runpy.run_module('loadtest', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"loadtest: error: {module} is not installed; `make loadtest` installs it")
+    assert "Traceback" not in done.stderr
