@@ -19,7 +19,7 @@ from tests.cluster.fleet import REPOSITORY, wait_until
 pytestmark = pytest.mark.cluster
 
 SCALE = 20  # the policy's seconds in a real one
-CAPACITY_PER_S = 8.0  # far below what the model can do: the load of the test must fit two busy cores
+CAPACITY_PER_S = 10.0  # far below what the model can do: the load of the test must fit two busy cores
 
 
 def test_the_demonstration_model_scales(ray_environment: str, tmp_path: Path, report_figure: Callable[[str], None]) -> None:
