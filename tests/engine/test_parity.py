@@ -171,7 +171,7 @@ def heldout_sentences(count: int) -> list[Sentence]:
 
 @pytest.fixture(scope="module")
 def demo() -> Pair:
-    return Pair.load(DEMO, heldout_sentences(300))
+    return Pair.load(DEMO, heldout_sentences(200))
 
 
 @pytest.mark.parametrize("search", DEMO_CASES, ids=str)
