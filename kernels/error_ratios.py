@@ -26,8 +26,8 @@ from kernels.expert_checks import ExpertCase, ExpertInputs, expert_inputs
 from kernels.expert_gemm import FfnTiles, dequantize_reference, expert_ffn_reference, expert_gemm
 from kernels.expert_gemm.jobs import ffn_jobs
 from kernels.expert_gemm.reference import expert_gemm_reference
-from kernels.head_topk import Int8Head, head_topk
-from kernels.head_topk.operands import quantize_head
+from kernels.head_topk import head_topk
+from kernels.int8_linear import Int8Linear, quantize_int8
 from kernels.route import GateTiles, semaphores
 from kernels.route.launcher import launch_gate
 from kernels.route.tiles import select_tiles as select_gate_tiles
@@ -141,10 +141,10 @@ def head_ratios(
     generator = torch.Generator(device).manual_seed(rows)
     x = torch.randn(rows, features, generator=generator, device=device).to(dtype)
     matrix = torch.randn(vocab, features, generator=generator, device=device) * 2.0 * features**-0.5
-    weight: torch.Tensor | Int8Head = matrix.to(dtype)
+    weight: torch.Tensor | Int8Linear = matrix.to(dtype)
     exact, rounded = matrix.to(dtype).double(), matrix.to(dtype)
     if bits == 8:
-        weight = quantize_head(matrix)
+        weight = quantize_int8(matrix)
         exact, rounded = weight.dequantized(torch.float64), weight.dequantized(torch.float32).to(dtype)
     out = head_topk(x, weight, k=8, vocab_size=vocab)
     truth = torch.log_softmax(x.double() @ exact.T, 1)

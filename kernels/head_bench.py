@@ -11,7 +11,8 @@ import torch
 
 from kernels.bench_rows import Machine, Row
 from kernels.head_checks import HEAD_LIMIT, head_error
-from kernels.head_topk import HeadTiles, Int8Head, TopTokens, head_topk, quantize_head, select_tiles
+from kernels.head_topk import HeadTiles, TopTokens, head_topk, select_tiles
+from kernels.int8_linear import Int8Linear, quantize_int8
 from kernels.quantized_rows import QuantizedRows, quantize_rows
 from kernels.testing import graph_time_us
 
@@ -28,7 +29,7 @@ class HeadBed:
     vocab_size: int
     num_features: int
     bits: int
-    heads: list[torch.Tensor] | list[Int8Head]
+    heads: list[torch.Tensor] | list[Int8Linear]
 
     @classmethod
     def build(cls, vocab_size: int, num_features: int, bits: int) -> HeadBed:
@@ -39,9 +40,9 @@ class HeadBed:
         weight.normal_(0.0, 2 * num_features**-0.5, generator=generator)
         copies = max(1, (500 << 20) // (rows * num_features * bits // 8))
         if bits == 8:
-            head = quantize_head(weight)
+            head = quantize_int8(weight)
             head.scales[vocab_size:] = 1e30
-            return cls(vocab_size, num_features, bits, [Int8Head(head.codes.clone(), head.scales) for _ in range(copies)])
+            return cls(vocab_size, num_features, bits, [Int8Linear(head.codes.clone(), head.scales) for _ in range(copies)])
         weight[vocab_size:] = float("nan")
         return cls(vocab_size, num_features, bits, [weight.clone() for _ in range(copies)])
 

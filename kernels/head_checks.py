@@ -10,9 +10,10 @@ import dataclasses
 import torch
 
 from kernels.compile_ahead import Job
-from kernels.head_topk import HeadTiles, Int8Head, TopTokens, head_topk, quantize_head
+from kernels.head_topk import HeadTiles, TopTokens, head_topk
 from kernels.head_topk.jobs import head_jobs
 from kernels.head_topk.tiles import default_tiles
+from kernels.int8_linear import Int8Linear, quantize_int8
 from kernels.quantized_rows import QuantizedRows, quantize_rows
 
 # Largest error of a log-probability, absolute: the operands are taken as they are, and products are added in fp32.
@@ -128,7 +129,7 @@ def large_heads(device: torch.device, dtype: torch.dtype) -> tuple[HeadCase, ...
 
 def head_inputs(
     case: HeadCase, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor | QuantizedRows, torch.Tensor | Int8Head, torch.Tensor]:
+) -> tuple[torch.Tensor | QuantizedRows, torch.Tensor | Int8Linear, torch.Tensor]:
     """x, the head with NaN (int8: huge) padding rows, and one banned token a row (for the first rows their best one)."""
     generator = torch.Generator(device).manual_seed(case.num_rows)
     x = torch.randn(case.num_rows, case.num_features, generator=generator, device=device).to(dtype)
@@ -136,7 +137,7 @@ def head_inputs(
     matrix = torch.randn(stored, case.num_features, generator=generator, device=device) * 3 * case.num_features**-0.5
     banned = torch.randint(-1, case.vocab_size, (case.num_rows,), generator=generator, device=device, dtype=torch.int32)
     if case.bits == 8:
-        head = quantize_head(matrix)
+        head = quantize_int8(matrix)
         head.codes[case.vocab_size :] = 127
         head.scales[case.vocab_size :] = 1e30
         rows: torch.Tensor | QuantizedRows = quantize_rows(x) if case.int8_rows else x
@@ -157,7 +158,7 @@ def _floats(x: torch.Tensor | QuantizedRows, dtype: torch.dtype) -> torch.Tensor
 def head_error(
     out: TopTokens,
     x: torch.Tensor | QuantizedRows,
-    weight: torch.Tensor | Int8Head,
+    weight: torch.Tensor | Int8Linear,
     vocab_size: int,
     banned: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
@@ -166,7 +167,7 @@ def head_error(
 
     Tokens are judged by their own true log-probability: two that differ by less than rounding may change places.
     """
-    matrix = weight.dequantized(dtype) if isinstance(weight, Int8Head) else weight.to(dtype)
+    matrix = weight.dequantized(dtype) if isinstance(weight, Int8Linear) else weight.to(dtype)
     logits = _floats(x, dtype) @ matrix[:vocab_size].T
     lse = torch.logsumexp(logits, 1)
     ids = out.token_ids.long()

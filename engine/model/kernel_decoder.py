@@ -33,8 +33,8 @@ from engine.model.transformer import DecoderLayer, Transformer
 from kernels.beam_search import StepInputs
 from kernels.decode_attention import decode_cross_attention, decode_self_attention
 from kernels.embed import embed
-from kernels.head_topk import INT8_ROWS_FROM as HEAD_ROWS_FROM
-from kernels.head_topk import Int8Head, TopTokens, fixed_tiles, head_topk, quantize_head, row_logits, select_tiles
+from kernels.head_topk import TopTokens, fixed_tiles, head_topk, row_logits, select_tiles
+from kernels.int8_linear import Int8Linear, quantize_int8
 from kernels.quantized_rows import QuantizedRows
 from kernels.small_linear import qkv_linear
 
@@ -76,9 +76,9 @@ class KernelDecoder:
         for layer in self._layers:
             shapes |= {linear_shape(layer.cross_out)} | feed_forward_shapes(layer.feed_forward)
         self._kernels = KernelLayers(shapes, max_entries, transformer.embedding, options)
-        self._head: Tensor | Int8Head = transformer.output_projection.weight
+        self._head: Tensor | Int8Linear = transformer.output_projection.weight
         if options.int8_dense:
-            self._head = quantize_head(self._head)
+            self._head = quantize_int8(self._head)
 
     def hidden(self, inputs: StepInputs, groups: EntryGroups, ancestry: Tensor) -> Tensor | QuantizedRows:
         """Final-normed hidden states [R, D] of every entry, in the form that the head takes; writes their keys and values.
@@ -96,7 +96,7 @@ class KernelDecoder:
         pending: Pending | None = None
         for index, layer in enumerate(self._layers):
             pending = self._run(layer, index, x, pending, inputs, groups, ancestry)
-        if isinstance(self._head, Int8Head) and (self._options.fixed_order or x.shape[0] >= HEAD_ROWS_FROM):
+        if isinstance(self._head, Int8Linear):  # fastest at every number of rows (kernels/README.md)
             return normed_int8(x, pending, self._model.decoder_norm)
         return normed(x, pending, self._model.decoder_norm)
 
@@ -104,7 +104,7 @@ class KernelDecoder:
         """The k best next tokens of every entry; banned int32[R]: one token that may not be chosen (-1: none). logits
         float32[R, V]: for logit rules that need to see every token, filled; the result's values are of the same logits.
         """
-        vocab_size, bits = self._model.config.vocab_size, 8 if isinstance(self._head, Int8Head) else 16
+        vocab_size, bits = self._model.config.vocab_size, 8 if isinstance(self._head, Int8Linear) else 16
         rows, features = hidden.shape
         dtype = hidden.codes.dtype if isinstance(hidden, QuantizedRows) else hidden.dtype
         tiles = None

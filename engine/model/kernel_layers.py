@@ -29,7 +29,7 @@ from kernels.small_linear import (
 )
 
 TOP_K = 2
-# Rows from which int8 maps take their rows in int8, too (the output projection has a number of its own, in head_topk).
+# Rows from which int8 maps take their rows in int8, too (the output projection always does).
 # Chains of decoder layers (H100, us a layer, 16 bits and int8 rows): 35.6 and 34.5 at 64 rows, 57.9 and 53.9 at 320.
 INT8_ROWS_FROM = 64
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from kernels.head_topk.operands import Int8Head, TopTokens
+from kernels.head_topk.operands import TopTokens
 from kernels.head_topk.tiles import HeadTiles, select_tiles
+from kernels.int8_linear import Int8Linear
 from kernels.launch import check, next_power_of_two, overlap
 from kernels.quantized_rows import QuantizedRows, check_quantized
 
@@ -21,7 +22,7 @@ _START_BLOCK = 1024
 
 def head_topk(
     x: torch.Tensor | QuantizedRows,
-    weight: torch.Tensor | Int8Head,
+    weight: torch.Tensor | Int8Linear,
     *,
     k: int,
     vocab_size: int,
@@ -32,16 +33,16 @@ def head_topk(
 ) -> TopTokens:
     """The k best next tokens of every row, by log-probability: log_softmax(x W^T) and its top k in one pass over W.
 
-    x fp32/bf16/fp16[R, D], already normalised; weight [V_pad, D] in x's dtype, or an `Int8Head`. x as `QuantizedRows` takes
-    an `Int8Head`: products of codes are summed exactly, then scaled by token and by row. Rows of the weight from vocab_size
-    on are padding and are not read. Logits are accumulated and compared in fp32; values are logit - log_sum_exp, best
-    first; equal values: lowest token id first. banned int32[R]: one token id that a row may not choose (-1: none); it still
-    counts in log_sum_exp. A row with NaN or +inf among its logits (or nothing but -inf) gets NaN values and log_sum_exp and
-    token id 0; other rows do not notice. logits_scratch: fp32[>= R, >= vocab_size] for the logits that are read again, in
-    an order of the kernels' own (gated tiles write a part of them only); out: result of an earlier call to overwrite; both
-    are allocated when missing. tiles: default select_tiles; with fixed_tiles a row's bits do not depend on R or on other
-    rows. Two launches (gated tiles: three), no host sync, same bits every run. Raises ValueError for arguments that do not
-    belong together.
+    x fp32/bf16/fp16[R, D], already normalised; weight [V_pad, D] in x's dtype, or an `Int8Linear`. x as `QuantizedRows`
+    takes an `Int8Linear`: products of codes are summed exactly, then scaled by token and by row. Rows of the weight from
+    vocab_size on are padding and are not read. Logits are accumulated and compared in fp32; values are logit -
+    log_sum_exp, best first; equal values: lowest token id first. banned int32[R]: one token id that a row may not choose
+    (-1: none); it still counts in log_sum_exp. A row with NaN or +inf among its logits (or nothing but -inf) gets NaN
+    values and log_sum_exp and token id 0; other rows do not notice. logits_scratch: fp32[>= R, >= vocab_size] for the
+    logits that are read again, in an order of the kernels' own (gated tiles write a part of them only); out: result of
+    an earlier call to overwrite; both are allocated when missing. tiles: default select_tiles; with fixed_tiles a row's
+    bits do not depend on R or on other rows. Two launches (gated tiles: three), no host sync, same bits every run.
+    Raises ValueError for arguments that do not belong together.
     """
     num_rows, num_features = x.shape
     _check(x, weight, k, vocab_size, banned)
@@ -50,7 +51,7 @@ def head_topk(
         out.values.shape == (num_rows, k) and out.token_ids.shape == (num_rows, k) and out.log_sum_exp.shape == (num_rows,),
         f"out is for {tuple(out.values.shape)} values; make it [{num_rows}, {k}]",
     )
-    bits = 8 if isinstance(weight, Int8Head) else 16
+    bits = 8 if isinstance(weight, Int8Linear) else 16
     codes = x.codes if isinstance(x, QuantizedRows) else x
     tiles = tiles or select_tiles(num_rows, num_features, vocab_size, bits, x.device, codes.dtype)
     num_chunks = -(-vocab_size // tiles.chunk)
@@ -81,7 +82,7 @@ def head_topk(
 
 def _launch(
     x: torch.Tensor | QuantizedRows,
-    weight: torch.Tensor | Int8Head,
+    weight: torch.Tensor | Int8Linear,
     k: int,
     vocab_size: int,
     banned: torch.Tensor | None,
@@ -92,12 +93,12 @@ def _launch(
     from kernels.head_topk.kernel import head_chunk_kernel, head_merge_kernel, head_start_kernel
 
     num_rows, num_features = x.shape
-    matrix, scales = (weight.codes, weight.scales) if isinstance(weight, Int8Head) else (weight, logits)
+    matrix, scales = (weight.codes, weight.scales) if isinstance(weight, Int8Linear) else (weight, logits)
     x, row_scales = x if isinstance(x, QuantizedRows) else (x, logits)
     # apart: a piece of one allocation might not be aligned, and Triton compiles another kernel for an unaligned pointer
     partials = logits.new_empty((-(-vocab_size // (tiles.chunk * _PACK)), num_rows, _PACK, 2))
     banned_logits = logits.new_empty(num_rows)
-    bits, has_banned = 8 if isinstance(weight, Int8Head) else 16, banned is not None
+    bits, has_banned = 8 if isinstance(weight, Int8Linear) else 16, banned is not None
     given = out.token_ids if banned is None else banned
     thresholds, flags = given, given  # for tiles that read neither
     constants = chunk_constants(num_features, k, bits, has_banned, tiles)
@@ -239,20 +240,20 @@ def _empty_result(x: torch.Tensor | QuantizedRows, k: int) -> TopTokens:
 
 
 def _check(
-    x: torch.Tensor | QuantizedRows, weight: torch.Tensor | Int8Head, k: int, vocab_size: int, banned: torch.Tensor | None
+    x: torch.Tensor | QuantizedRows, weight: torch.Tensor | Int8Linear, k: int, vocab_size: int, banned: torch.Tensor | None
 ) -> None:
     if isinstance(x, QuantizedRows):
         check_quantized(x, x.codes.shape[-1])
-        check(isinstance(weight, Int8Head), "int8 rows need an int8 head: pass quantize_head(weight), or float rows")
+        check(isinstance(weight, Int8Linear), "int8 rows need an int8 head: pass quantize_int8(weight), or float rows")
         x = x.codes
-    matrix = weight.codes if isinstance(weight, Int8Head) else weight
+    matrix = weight.codes if isinstance(weight, Int8Linear) else weight
     check(
         matrix.dim() == 2 and matrix.shape[1] == x.shape[1],
         f"weight is {tuple(matrix.shape)}; x wants [V_pad, {x.shape[1]}]",
     )
     check(1 <= vocab_size <= matrix.shape[0], f"vocab_size is {vocab_size}; the weight has {matrix.shape[0]} rows")
     check(
-        isinstance(weight, Int8Head) or matrix.dtype == x.dtype,
+        isinstance(weight, Int8Linear) or matrix.dtype == x.dtype,
         f"weight is {matrix.dtype}, x is {x.dtype}: convert one of them",
     )
     check(matrix.device == x.device, f"weight is on {matrix.device}, x on {x.device}: move one of them")

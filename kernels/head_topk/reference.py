@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from kernels.head_topk.operands import Int8Head, TopTokens
+from kernels.head_topk.operands import TopTokens
+from kernels.int8_linear import Int8Linear
 from kernels.quantized_rows import QuantizedRows
 
 
 def head_topk_reference(
     x: torch.Tensor | QuantizedRows,
-    weight: torch.Tensor | Int8Head,
+    weight: torch.Tensor | Int8Linear,
     *,
     k: int,
     vocab_size: int,
@@ -18,7 +19,7 @@ def head_topk_reference(
     dtype: torch.dtype = torch.float32,
 ) -> TopTokens:
     """Same contract as `head_topk`, computed in `dtype`; values and log_sum_exp are returned in it."""
-    matrix = weight.dequantized(dtype) if isinstance(weight, Int8Head) else weight.to(dtype)
+    matrix = weight.dequantized(dtype) if isinstance(weight, Int8Linear) else weight.to(dtype)
     rows = x.dequantize(dtype) if isinstance(x, QuantizedRows) else x.to(dtype)
     logits = rows @ matrix[:vocab_size].T
     log_sum_exp = torch.logsumexp(logits, 1)

@@ -16,10 +16,6 @@ from kernels.tile_configs import measured_choice
 
 _FIXED_ROWS = 64
 
-# Rows from which an int8 head is fastest with int8 rows: always. H100, V=128,000, D=1,024, microseconds at 1 / 64 / 96 / 320
-# rows: int8 rows 57 / 68 / 70 / 131, float rows over the same head 61 / 91 / 143 / 273, bf16 head 97 / 112 / 110 / 172.
-INT8_ROWS_FROM = 1
-
 
 @dataclass(frozen=True, slots=True)
 class HeadTiles:
@@ -73,7 +69,7 @@ def default_tiles(num_rows: int, dtype: torch.dtype) -> HeadTiles:
 def select_tiles(
     num_rows: int, num_features: int, vocab_size: int, bits: int, device: torch.device, dtype: torch.dtype
 ) -> HeadTiles:
-    """Tiles for R rows of a head of these sizes; bits 8 for an `Int8Head`, else 16; dtype of the rows, int8 for those of
+    """Tiles for R rows of a head of these sizes; bits 8 for an `Int8Linear`, else 16; dtype of the rows, int8 for those of
     `QuantizedRows`. fp32 has no measured choice."""
     found = None
     if dtype != torch.float32:

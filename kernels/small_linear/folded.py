@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.int8_linear import Int8Linear, quantize_int8
 from kernels.launch import check
-from kernels.small_linear.int8 import Int8Linear, quantize_int8
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from kernels.int8_linear import Int8Linear
 from kernels.launch import check
 from kernels.quantized_rows import QuantizedRows, check_quantized
-from kernels.small_linear.constants import int8_rows_constants, specialized_constants
+from kernels.small_linear.constants import int8_rows_constants
 from kernels.small_linear.folded import FoldedLinear
-from kernels.small_linear.int8 import Int8Linear
-from kernels.small_linear.launches import Cache, Weight, block_descriptor, check_specialized, is_hopper, major
+from kernels.small_linear.launches import Cache, Weight, check_specialized, is_hopper, launch_specialized, major
 from kernels.small_linear.tiles import LinearTiles
 
 
@@ -44,10 +44,23 @@ def launch_int8_rows(
         not (tiles.library or tiles.no_dot or tiles.gram or tiles.split > 1 or tiles.bk < 32),
         "int8 rows take tiles of br 16 and bk 32 on, without split, gram or library: choose others",
     )
+    if tiles.specialized:
+        check_specialized(x.codes, weight, mode, tiles)
+        launch_specialized(x.codes, weight, bias, None, relu, mode, result, cache, tiles, x.scales)
+        return
+    from kernels.small_linear.int8_rows_kernel import int8_rows_kernel
+
     (n, k), rows, stored = weight.shape, x.codes.shape[0], _stored(weight)
     bias = weight.bias if isinstance(weight, FoldedLinear) else bias
-    given = stored.scales if bias is None else bias
-    target = (
+    constants = int8_rows_constants(
+        n, k, tiles, bias=bias is not None, relu=relu, mode=mode, **_device_options(result.device)
+    )
+    int8_rows_kernel[(-(-rows // tiles.br), -(-n // tiles.bn))](
+        x.codes,
+        stored.codes,
+        x.scales,
+        stored.scales,
+        stored.scales if bias is None else bias,
         result,
         result if cache is None else cache.cells,
         result if cache is None else cache.rows,
@@ -55,32 +68,6 @@ def launch_int8_rows(
         rows,
         0 if cache is None else cache.cells.shape[0],
         0 if cache is None else cache.cells.shape[1],
-    )
-    if not tiles.specialized:
-        from kernels.small_linear.int8_rows_kernel import int8_rows_kernel
-
-        constants = int8_rows_constants(
-            n, k, tiles, bias=bias is not None, relu=relu, mode=mode, **_device_options(result.device)
-        )
-        grid = (-(-rows // tiles.br), -(-n // tiles.bn))
-        int8_rows_kernel[grid](x.codes, stored.codes, x.scales, stored.scales, given, *target, **constants)
-        return
-    from kernels.small_linear.specialized import specialized_linear_kernel
-
-    check_specialized(x.codes, weight, mode, tiles)
-    constants = specialized_constants(n, k, tiles, bias=bias is not None, norm=0, relu=relu, mode=mode)
-    specialized_linear_kernel[(-(-rows // tiles.br), n // tiles.bn)](
-        block_descriptor(x.codes, tiles.br, tiles.bk),
-        block_descriptor(stored.codes, tiles.bn, tiles.bk),
-        x.codes,
-        stored.codes,
-        given,
-        stored.scales,
-        stored.scales,
-        stored.scales,
-        x.scales,
-        *target,
-        0.0,
         **constants,
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kernels.int8_linear import Int8Linear
 from kernels.launch import check
 from kernels.small_linear.constants import (
     finish_constants,
@@ -17,7 +18,6 @@ from kernels.small_linear.constants import (
     statistics_constants,
 )
 from kernels.small_linear.folded import FoldedLinear
-from kernels.small_linear.int8 import Int8Linear
 from kernels.small_linear.scratch import LinearScratch, buffer, split_sizes
 from kernels.small_linear.tiles import LinearTiles
 
@@ -190,14 +190,18 @@ def launch_specialized(
     result: torch.Tensor,
     cache: Cache | None,
     tiles: LinearTiles,
+    row_scales: torch.Tensor | None = None,
 ) -> None:
-    """As `launch_gemm`, by the kernel with a loading warp."""
+    """As `launch_gemm`, by the kernel with a loading warp. row_scales: of int8 rows x, which have their norm behind them."""
     from kernels.small_linear.specialized import specialized_linear_kernel
 
     (n, k), rows = weight.shape, x.shape[0]
     folded = weight if isinstance(weight, FoldedLinear) else None
+    stored = weight if folded is None else folded.weight
     matrix, _ = stored_matrix(weight)
     bias = bias if folded is None else folded.bias
+    folded = folded if row_scales is None else None
+    scales = stored.scales if isinstance(stored, Int8Linear) else matrix
     norm = 0 if folded is None else _IN_LOOP if statistics is None else _GIVEN
     constants = specialized_constants(n, k, tiles, bias=bias is not None, norm=norm, relu=relu, mode=mode)
     specialized_linear_kernel[(-(-rows // tiles.br), n // tiles.bn)](
@@ -205,11 +209,11 @@ def launch_specialized(
         block_descriptor(matrix, tiles.bn, tiles.bk),
         x,
         matrix,
-        matrix if bias is None else bias,
-        matrix if folded is None else folded.column_sums,
-        matrix if statistics is None else statistics,
-        matrix,
-        matrix,
+        scales if bias is None else bias,
+        scales if folded is None else folded.column_sums,
+        scales if statistics is None else statistics,
+        scales,
+        scales if row_scales is None else row_scales,
         result,
         result if cache is None else cache.cells,
         result if cache is None else cache.rows,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from kernels.int8_linear import Int8Linear
 from kernels.quantized_rows import QuantizedRows
 from kernels.small_linear.folded import FoldedLinear
-from kernels.small_linear.int8 import Int8Linear
 
 _LARGEST = 65504.0 - 1000.0
 

@@ -7,17 +7,9 @@ import pytest
 import torch
 
 from kernels.head_checks import HEAD_LIMIT, HOPPER_HEADS, LARGE_HEADS, SMALL_HEADS, HeadCase, check_head_case, large_heads
-from kernels.head_topk import (
-    HeadTiles,
-    Int8Head,
-    TopTokens,
-    fixed_tiles,
-    head_topk,
-    head_topk_reference,
-    quantize_head,
-    row_logits,
-)
+from kernels.head_topk import HeadTiles, TopTokens, fixed_tiles, head_topk, head_topk_reference, row_logits
 from kernels.head_topk.tiles import default_tiles
+from kernels.int8_linear import Int8Linear, quantize_int8
 
 TILES = HeadTiles(16, 16, block_features=16)
 GATED = HeadTiles(16, 16, block_features=16, gated=True)
@@ -84,7 +76,7 @@ def test_ties_go_to_the_lowest_token(device: torch.device, tiles: HeadTiles) -> 
 def test_minus_zero_ties_with_zero(device: torch.device) -> None:
     scales = torch.ones(64, device=device)
     scales[::2] = -1.0  # 0 * -1 is -0.0: equal to 0.0, though its bits are not
-    head = Int8Head(torch.zeros(64, 16, dtype=torch.int8, device=device), scales)
+    head = Int8Linear(torch.zeros(64, 16, dtype=torch.int8, device=device), scales)
     out = head_topk(torch.ones(1, 16, device=device), head, k=17, vocab_size=40, tiles=GATED)
     assert out.token_ids.tolist() == [list(range(17))]
 
@@ -182,7 +174,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize("bits", [16, 8])
 def test_fixed_tiles_give_a_row_the_same_bits_in_any_batch(dtype: torch.dtype, bits: int, cuda: torch.device) -> None:
     x, weight = torch.randn(320, 1024, device=cuda).to(dtype), torch.randn(32064, 1024, device=cuda) * 0.05
-    head = quantize_head(weight) if bits == 8 else weight.to(dtype)
+    head = quantize_int8(weight) if bits == 8 else weight.to(dtype)
     tiles = fixed_tiles(1024, 32001, bits, cuda, dtype)
     many = head_topk(x, head, k=8, vocab_size=32001, tiles=tiles)
     for start, end in ((0, 1), (100, 117), (319, 320), (10, 300)):
@@ -302,7 +294,7 @@ def test_no_rows(cpu: torch.device) -> None:
 def test_int8_weights_are_within_half_a_step() -> None:
     weight = torch.randn(64, 48) * torch.rand(64, 1) * 10
     weight[5] = 0.0
-    head = quantize_head(weight)
+    head = quantize_int8(weight)
     error = (head.dequantized(torch.float32) - weight).abs().amax(1)
     assert (error <= weight.abs().amax(1) / 127 * 0.501).all()
 
@@ -375,7 +367,7 @@ def test_bad_tiles_and_bad_int8_heads_are_refused() -> None:
     with pytest.raises(ValueError, match="tensor descriptors need a multiple of 16"):
         head_topk(torch.zeros(1, 24), torch.zeros(64, 24), k=1, vocab_size=50, tiles=HeadTiles(16, 16, tma=True))
     with pytest.raises(ValueError, match="are for 16-bit weights"):
-        int8 = quantize_head(torch.ones(64, 16))
+        int8 = quantize_int8(torch.ones(64, 16))
         head_topk(torch.zeros(1, 16), int8, k=1, vocab_size=50, tiles=HeadTiles(16, 16, tma=True))
     with pytest.raises(ValueError, match="specialized tiles need bf16, fp16 or int8 rows on compute capability 9"):
         head_topk(torch.zeros(1, 16).half(), torch.zeros(64, 16).half(), k=1, vocab_size=50, tiles=SPECIALIZED)
@@ -389,7 +381,7 @@ def test_bad_tiles_and_bad_int8_heads_are_refused() -> None:
         HeadTiles(48, 16)
     with pytest.raises(ValueError, match="block_rows is 8"):
         HeadTiles(64, 8)
-    with pytest.raises(ValueError, match=r"scales must be fp32\[4\]"):
-        Int8Head(torch.zeros(4, 32, dtype=torch.int8), torch.zeros(3))
-    with pytest.raises(ValueError, match="codes must be int8"):
-        Int8Head(torch.zeros(4, 32), torch.zeros(4))
+    with pytest.raises(ValueError, match=r"scales are .* want float32\[4\]"):
+        Int8Linear(torch.zeros(4, 32, dtype=torch.int8), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"codes are .* want int8"):
+        Int8Linear(torch.zeros(4, 32), torch.zeros(4))

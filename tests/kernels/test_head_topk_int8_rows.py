@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kernels.head_topk import HeadTiles, Int8Head, head_topk, head_topk_reference, quantize_head, row_logits
+from kernels.head_topk import HeadTiles, head_topk, head_topk_reference, row_logits
+from kernels.int8_linear import Int8Linear, quantize_int8
 from kernels.quantized_rows import QuantizedRows, quantize_rows
 
 TILES = HeadTiles(16, 16, block_features=32)
@@ -11,16 +12,16 @@ GATED = HeadTiles(32, 32, 16, block_features=32, slice_rows=16, gated=True)
 EVERYWHERE = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
 
 
-def exact_logits(x: QuantizedRows, head: Int8Head, vocab_size: int) -> torch.Tensor:
+def exact_logits(x: QuantizedRows, head: Int8Linear, vocab_size: int) -> torch.Tensor:
     """fp32[R, V]: the int32 sum, rounded once to fp32, times the token's scale, times the row's."""
     sums = (x.codes.cpu().long() @ head.codes.cpu()[:vocab_size].long().T).float()
     return sums * head.scales.cpu()[None, :vocab_size] * x.scales.cpu()[:, None]
 
 
-def case(rows: int, features: int, vocab_size: int, device: torch.device) -> tuple[QuantizedRows, Int8Head]:
+def case(rows: int, features: int, vocab_size: int, device: torch.device) -> tuple[QuantizedRows, Int8Linear]:
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randn(-(-vocab_size // 64) * 64, features, generator=generator)
-    head = quantize_head(weight.to(device))
+    head = quantize_int8(weight.to(device))
     head.codes[vocab_size:], head.scales[vocab_size:] = 127, 1e30  # padding that nobody may read
     return quantize_rows(torch.randn(rows, features, generator=generator).to(device)), head
 
@@ -52,7 +53,7 @@ def test_tokens_are_the_same_with_any_tiles(device: torch.device, tiles: HeadTil
 def test_extreme_codes_neither_wrap_nor_saturate(device: torch.device) -> None:
     codes = torch.full((2, 2048), 127, dtype=torch.int8, device=device)
     codes[1] = -127
-    head = Int8Head(torch.full((64, 2048), 127, dtype=torch.int8, device=device), torch.ones(64, device=device))
+    head = Int8Linear(torch.full((64, 2048), 127, dtype=torch.int8, device=device), torch.ones(64, device=device))
     head.codes[7, 0] = 126
     scratch, logits = torch.empty(2, 64, device=device), torch.empty(2, 64, device=device)
     x = QuantizedRows(codes, torch.ones(2, device=device))

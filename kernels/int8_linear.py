@@ -1,4 +1,7 @@
-"""int8 weights of a linear map: symmetric, one scale per output channel. N output features, K input features."""
+"""int8 weights of a linear map or of the output projection: symmetric, one scale per output channel.
+
+N output features, K input features.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from kernels.launch import check
+from kernels.quantized_rows import quantize_rows
+
+_CHANNELS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +43,9 @@ class Int8Linear:
 
 
 def quantize_int8(weight: torch.Tensor) -> Int8Linear:
-    """Round a float matrix [N, K] to the nearest codes; a channel's largest value gets +-127, a zero channel scale 1."""
-    largest = weight.float().abs().amax(dim=1)
-    scales = torch.where(largest > 0, largest / 127, 1.0)
-    codes = torch.round(weight.float() / scales[:, None]).clamp_(-127, 127)
-    return Int8Linear(codes.to(torch.int8).contiguous(), scales)
+    """Round a float matrix [N, K] as `quantize_rows` rounds rows: a channel's largest value gets +-127, a zero one scale 1.
+
+    Some thousand channels at a time, so that no fp32 copy of a whole output projection is made.
+    """
+    parts = [quantize_rows(part) for part in torch.split(weight, _CHANNELS_AT_ONCE)]
+    return Int8Linear(torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]))
