@@ -2,19 +2,23 @@
 # make test   lint, types, import contracts and tests
 # make loadtest   a short open-loop load test of a service that runs on PORT; RATE=2 requests/s, DURATION=30 s
 # make replay-benchmark   cost of the autoscaling policy against a clairvoyant plan on two weeks of real traffic; ten minutes
-# make audit  look up every pinned dependency in the advisory database; what cannot be looked up counts as not audited (status 2)
+# make audit  look up every pinned dependency in the advisory databases; what cannot be looked up counts as not audited (status 2);
+#             AUDIT_ARGS="--vulnerability-service osv --osv-url URL" asks a mirror of your own
 # make clean  remove what the others made
 #
 # Both make a virtual environment in .venv and install the versions of constraints.txt into it; the second time they only start.
 #   PORT=8001                     another port
 #   CONFIG=cluster_configs/...    another Serve YAML
 #   PYTHON=python3.12             another interpreter (3.11 or newer)
+#   WORKERS=4                     processes of the tests; as many as there are cores by default
 #   PIP_ARGS="--index-url ..."    options for pip, such as an index that has the CPU build of torch (or a CUDA build)
 
 PYTHON   ?= python3
 PORT     ?= 8000
 CONFIG   ?= cluster_configs/serve/local-cpu.yaml
 PIP_ARGS ?=
+AUDIT_ARGS ?=
+WORKERS  ?= auto
 RATE     ?= 2
 DURATION ?= 30
 VENV     := .venv
@@ -37,7 +41,9 @@ test: $(VENV)/.installed-test
 	@echo "== ruff";         $(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	@echo "== mypy";         $(BIN)/mypy
 	@echo "== lint-imports"; $(BIN)/lint-imports
-	@echo "== pytest";       $(BIN)/pytest --durations=15
+	@echo "== pytest";       $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 \
+	  -m 'not gpu and not cluster and not real_time'
+	@echo "== pytest, alone"; $(BIN)/pytest --durations=5 -m 'real_time and not gpu and not cluster'
 
 loadtest: $(VENV)/.installed-test
 	@$(BIN)/python -m loadtest run --url http://127.0.0.1:$(PORT) --rate $(RATE) --duration $(DURATION)
@@ -47,7 +53,7 @@ replay-benchmark: $(VENV)/.installed-run
 
 audit: $(VENV)/.installed-test
 	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[audit]"
-	@$(BIN)/python -m tests.dependency_audit
+	@$(BIN)/python -m tests.dependency_audit $(AUDIT_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -14,18 +14,17 @@ import os
 import random
 import secrets
 import shutil
-import signal
 import socket
-import subprocess
 import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from app.deploy_progress import DeployFailedError, all_running, what_is_missing
+from app.stop_signals import interrupts_held_back, kill_descendants, process_group_of_its_own, stop_signals_blocked
 
 if TYPE_CHECKING:
     from ray.serve.schema import DeploymentSchema, ServeDeploySchema
@@ -66,9 +65,6 @@ done
 (while kill -0 {pid} && kill -0 $$; do sleep 1; done; kill $$) </dev/null >/dev/null 2>&1 &
 exec '{binary}' -dF "$@"
 """
-# What means "stop" here: Ctrl-C, a process manager, the terminal that was closed.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 Proxy = Literal["auto", "haproxy", "python"]
 
 
@@ -148,7 +144,7 @@ def local_service(config: ServeDeploySchema, *, timeout_s: float) -> Iterator[st
     require_free_port(config.http_options.host, config.http_options.port)
     ready = False
     try:
-        with _interrupts_held_back(), _process_group_of_its_own():
+        with interrupts_held_back(), process_group_of_its_own(), stop_signals_blocked():
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -162,56 +158,29 @@ def local_service(config: ServeDeploySchema, *, timeout_s: float) -> Iterator[st
         ready = True
         yield url
     finally:
-        with _interrupts_held_back():
+        with interrupts_held_back():
             if ray.is_initialized():
                 if ready:
                     # shutdown alone ends the proxy first, and whoever waits for an answer is cut off
                     for application in config.applications:
                         serve.delete(application.name)
                 serve.shutdown()  # type: ignore[no-untyped-call]
-                ray.shutdown()
+                _end_ray()
 
 
-@contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C or SIGTERM amid Ray's start or end would leave processes behind: they take effect after the block."""
-    received: list[int] = []
-    signals = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]  # nohup stays nohup
-    previous = {signum: signal.signal(signum, lambda signum, frame: received.append(signum)) for signum in signals}
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-    if received:
-        raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _process_group_of_its_own() -> Iterator[None]:
-    """What starts in the block is in a process group of its own.
-
-    A signal to our whole group (`kill %1`, `timeout`, process managers) would otherwise end Ray under us: what was accepted
-    would be lost, and the end would wait a minute for Ray's head. A session's leader cannot change groups; nothing is done.
+def _end_ray() -> None:
+    """ray.shutdown where none of Ray's processes sees a SIGTERM: without a second of patience with each, and with an end for
+    its agents, which look for a raylet that was killed for up to a minute.
     """
-    ours = os.getpgrp()
-    leader = subprocess.Popen(["sleep", "600"], process_group=0)  # a group to go to
-    try:
-        try:
-            os.setpgid(0, leader.pid)
-        except PermissionError:
-            yield
-            return
-        try:
-            yield
-        finally:
-            try:
-                os.setpgid(0, ours)
-            except PermissionError:  # it is gone with its last process
-                os.setpgid(0, 0)
-    finally:
-        leader.kill()
-        leader.wait()
+    import ray
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    if node is not None:
+        end = node.kill_all_processes
+        node.kill_all_processes = lambda **_: end(check_alive=False, allow_graceful=False)
+    with kill_descendants():
+        ray.shutdown()
 
 
 def require_gpus(config: ServeDeploySchema, num_found: float) -> None:

@@ -122,7 +122,8 @@ class BodyLimit:
             is_complete = not message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_bytes:
-                await _discard_body(receive)
+                if not is_complete:
+                    await _discard_body(receive)
                 raise self._error
             return message
 

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.dependency_audit import CONSTRAINTS, audit, findings, pins, verdict
+from tests.dependency_audit import CONSTRAINTS, audit, audit_in_turn, findings, pins, summary, verdict
 
 # What pip-audit 2.10.1 printed, with exit status 0 and "No known vulnerabilities found", where it reached no database.
 NOTHING_REACHED = """{"dependencies": [
@@ -47,3 +47,39 @@ def test_a_broken_or_absent_tool_audits_nothing(tmp_path: Path) -> None:
         assert {finding.name for finding in found if finding.not_audited} == set(PINNED)
         assert verdict(found) == 2
     assert "no network" in found[0].not_audited
+
+
+# Stands for pip-audit: the service named first on its command line knows the packages that follow it, up to "--".
+_SERVICE = """
+import json, sys
+known = sys.argv[1 : sys.argv.index("--")]
+path = sys.argv[sys.argv.index("--requirement") + 1]
+names = [line.partition("==")[0] for line in open(path)]
+entries = [{"name": n, "vulns": [{"id": "PYSEC-2"}] if n == "fastapi" else []} for n in names if n in known]
+print(json.dumps({"dependencies": entries + [{"name": n, "skip_reason": "unheard of"} for n in names if n not in known]}))
+"""
+
+
+def test_what_one_service_does_not_know_is_asked_of_the_next() -> None:
+    command = [sys.executable, "-c", _SERVICE]
+    both = audit_in_turn(PINNED, command, [("torch", "--"), ("fastapi", "--")])
+    assert [(finding.name, finding.vulnerabilities, finding.not_audited) for finding in both] == [
+        ("fastapi", ("PYSEC-2",), ""),
+        ("torch", (), ""),
+    ]
+    assert "VULNERABLE   fastapi 0.165.0: PYSEC-2\n2 pinned packages: 2 audited, 1 vulnerable, 0 not audited" in summary(
+        both
+    )
+    half = audit_in_turn(PINNED, command, [("torch", "--"), ("--",)])
+    assert "not audited  fastapi 0.165.0: unheard of; unheard of\n" in summary(half)
+    assert verdict(half) == 2
+
+
+def test_nothing_looked_up_says_what_to_do_instead_of_a_list() -> None:
+    found = audit_in_turn(PINNED, [sys.executable, "-c", _SERVICE], [("--",)])
+    said = summary(found)
+    assert "for any of 2 packages (fastapi: unheard of)" in said
+    assert 'make audit AUDIT_ARGS="' in said
+    assert "not audited  " not in said
+    assert said.endswith("2 pinned packages: 0 audited, 0 vulnerable, 2 not audited")
+    assert verdict(found) == 2

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from app.local_cluster import STOP_SIGNALS
 from app.settings import resolve_checkpoint
+from app.stop_signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema

@@ -49,6 +49,7 @@ def error_of(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> 
         ((*EN_DE, "--threads", "0", "a"), "engine.num_threads: Input should be greater than or equal to 1"),
         ((*EN_DE[:-1], "en-US", "a"), "--from and --to are both eng_Latn"),
         (("evaluate", "--device", "gpu"), "device 'gpu' is unknown; choose cpu or cuda"),
+        (("evaluate", "--int8-dense"), "--int8-dense works on a GPU only, not on cpu: add --device cuda"),
         ((*EN_DE, "caf\udce9"), "text 1 is not UTF-8"),
     ],
 )

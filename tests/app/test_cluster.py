@@ -28,6 +28,8 @@ from app.metrics import INGRESS_METRICS, POOL_METRICS
 from engine.accounting import expert_bytes
 from engine.config import ModelConfig
 
+pytestmark = pytest.mark.real_time
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 USD_PER_HOUR = 36.0
 

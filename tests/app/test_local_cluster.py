@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import json
 import os
-import signal
 import socket
 import stat
 import subprocess
@@ -15,35 +13,13 @@ import pytest
 
 from app.cli import main
 from app.local_cluster import (
-    STOP_SIGNALS,
     LocalClusterError,
-    _interrupts_held_back,
     free_ports,
     prepare_environment,
     require_free_port,
     require_gpus,
 )
 from app.serve_config import load_serve_config
-
-
-@pytest.mark.parametrize("signum", STOP_SIGNALS)
-def test_interrupts_take_effect_after_the_block_not_in_it(signum: signal.Signals) -> None:
-    before = signal.getsignal(signum)
-    finished = False
-    with pytest.raises(KeyboardInterrupt), _interrupts_held_back():
-        signal.raise_signal(signum)
-        signal.raise_signal(signum)
-        finished = True
-    assert finished
-    assert signal.getsignal(signum) is before
-    with _interrupts_held_back():
-        pass
-
-
-def test_error_in_the_block_is_not_replaced_by_the_interrupt() -> None:
-    with pytest.raises(ZeroDivisionError), _interrupts_held_back():
-        signal.raise_signal(signal.SIGINT)
-        raise ZeroDivisionError
 
 
 def test_busy_port_is_named_with_the_way_out() -> None:
@@ -56,7 +32,7 @@ def test_busy_port_is_named_with_the_way_out() -> None:
         require_free_port("198.51.100.7", port)  # nobody's address
 
 
-def testfree_ports_differ() -> None:
+def test_free_ports_differ() -> None:
     assert len(set(free_ports(20))) == 20
 
 
@@ -146,38 +122,6 @@ def eventually(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < give_up
         time.sleep(0.02)
-
-
-_GROUPS = """
-import json, os, subprocess
-from app.local_cluster import _process_group_of_its_own
-before = os.getpgrp()
-with _process_group_of_its_own():
-    inside = subprocess.Popen(["sleep", "600"])
-group = os.getpgid(inside.pid)
-inside.kill()
-print(json.dumps([before, group, os.getpgrp()]))
-"""
-
-
-@pytest.mark.parametrize("leads", [True, False])
-def test_a_signal_to_our_group_does_not_reach_what_was_started_apart(leads: bool) -> None:
-    """Both as the leader of a group (a shell's job) and as a member of one (below make)."""
-    command = [sys.executable, "-c", _GROUPS]
-    if not leads:
-        command = ["sh", "-c", '"$@"; exit $?', "sh", *command]
-    done = subprocess.run(command, process_group=0, capture_output=True, text=True, check=True)
-    before, inside, after = json.loads(done.stdout)
-    assert before == after
-    assert inside != before
-
-
-def test_a_session_leader_stays_where_it_is() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _GROUPS], start_new_session=True, capture_output=True, text=True, check=True
-    )
-    before, inside, after = json.loads(done.stdout)
-    assert before == inside == after
 
 
 def test_an_address_of_another_machine_is_no_matter_of_the_port() -> None:

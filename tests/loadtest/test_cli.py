@@ -17,6 +17,8 @@ from loadtest.results import RunResult, load_result, save_result
 from tests.loadtest.runs import at_times, measure, poisson
 from tests.loadtest.stub import StubService, stub_in_thread
 
+pytestmark = pytest.mark.real_time
+
 USD = "--price-per-replica-hour"
 QUIET = ("--no-progress", "--max-lag-ms", "2000")  # other work on this machine must not decide about a test
 

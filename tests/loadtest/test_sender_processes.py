@@ -31,6 +31,8 @@ from loadtest.workload import PlannedRequest
 from tests.loadtest.runs import at_times, context, poisson
 from tests.loadtest.stub import StubService, stub_in_thread
 
+pytestmark = pytest.mark.real_time
+
 OPTIONS = SenderOptions(timeout_s=20, max_in_flight=400)
 
 
