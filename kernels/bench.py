@@ -23,6 +23,7 @@ import torch
 from kernels import attention_bench, bench_ops, head_bench, linear_bench
 from kernels.bench_plot import plot_roofline
 from kernels.bench_rows import Machine, Report, Row, read_report
+from kernels.read_strips import read_strips
 from kernels.testing import graph_time_us
 from kernels.tune import certificate
 
@@ -43,10 +44,13 @@ SWEEPS = ("attention_tiles",)  # tile candidates beside the default: only when a
 
 
 def measure_machine() -> Machine:
-    """Read bandwidth (sum of 4 GiB) and bf16 matmul rate (8192^3, random data) of this very GPU."""
+    """Read bandwidth (4 GiB by torch.sum or by `read_strips`, whichever is faster) and bf16 matmul rate (8192^3, random) of
+    this very GPU."""
     big = torch.ones(1 << 31, dtype=torch.bfloat16, device="cuda")
+    words = big.view(torch.int32)
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    read_us = graph_time_us([lambda: torch.sum(big, dtype=torch.float32)], replays=7)
+    readers: list[Callable[[], object]] = [lambda: torch.sum(big, dtype=torch.float32), lambda: read_strips(words)]
+    read_us = min(graph_time_us([reader], replays=7) for reader in readers)
     matmul_us = graph_time_us([lambda: a @ b], replays=9)
     return Machine(torch.cuda.get_device_name(), big.numel() * 2 / read_us * 1e6, 2 * 8192**3 / matmul_us * 1e6)
 

@@ -35,10 +35,14 @@ def jobs_for(capability: int) -> list[Job]:
         for precision in PRECISIONS.values():
             for pairs in (1, shape.num_experts * 40, shape.num_experts * 512):
                 tiles = [default_tiles(pairs, shape.num_experts, precision.group_size)]
+                if pairs == 1:
+                    tiles += [FfnTiles(8, join=2), FfnTiles(32, join=2, narrow=16)]
                 if capability >= 90:
                     tiles.append(FfnTiles(16, join=2, fused=True, prefetch=True))
                 if capability == 90 and precision.bits < 16 and precision.group_size == 0:
-                    tiles.append(FfnTiles(64, 128, 64, stages=3 if precision.bits == 8 else 2, pipelined=True))
+                    tiles.append(
+                        FfnTiles(64, 128, 64, stages=3 if precision.bits == 8 else 2, programs_per_sm=2, pipelined=True)
+                    )
                 for t in tiles:
                     found += ffn_jobs(shape.d_model, shape.d_ff, shape.top_k, precision.bits, precision.group_size, t, dtype)
         found += route_jobs(shape.d_model, shape.num_experts, 2, dtype, default_gate_tiles(shape.d_model, shape.num_experts))

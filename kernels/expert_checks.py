@@ -39,7 +39,7 @@ class ExpertCase:
         )
         return (
             f"T{self.num_tokens}-D{self.d_model}-F{self.d_ff}-E{self.num_experts}-k{self.top_k}-{self.precision.name}"
-            f"-t{t.block_tokens}-n{t.bn1}.{t.bn2}-j{t.join}-{mode}-{self.pattern}"
+            f"-t{t.block_tokens}{f'.{t.narrow}' if t.narrow else ''}-n{t.bn1}.{t.bn2}-j{t.join}-{mode}-{self.pattern}"
         )
 
 
@@ -62,12 +62,22 @@ def expert_cases(*, large: bool) -> list[ExpertCase]:
         ExpertCase(19, 96, 72, 5, 2, w8, FfnTiles(16, join=1, fused=True), "few"),
         ExpertCase(19, 96, 72, 5, 2, b16, FfnTiles(16, join=1, fused=True), "few"),
         ExpertCase(3, 96, 200, 2, 1, PRECISIONS["w4a16-g64"], FfnTiles(16, join=2)),
+        ExpertCase(33, 256, 256, 3, 2, w8, FfnTiles(8, join=4)),
+        ExpertCase(33, 256, 512, 3, 2, w4, FfnTiles(8, bn1=128, join=4, fused=True, dynamic=True), "few"),
+        ExpertCase(19, 96, 72, 5, 2, b16, FfnTiles(8, join=1, fused=True), "few"),
+        # tiles of few pairs and of many in one launch
+        ExpertCase(60, 256, 256, 3, 1, w8, FfnTiles(32, join=2, narrow=16)),
+        ExpertCase(45, 96, 72, 2, 1, w4, FfnTiles(32, bn1=128, join=1, narrow=16), "few"),
+        ExpertCase(60, 96, 72, 3, 2, b16, FfnTiles(64, join=1, narrow=32)),
+        ExpertCase(40, 96, 200, 2, 1, PRECISIONS["w4a16-g64"], FfnTiles(32, join=2, narrow=16)),
     ]
     if large:
         modes = [
             FfnTiles(16, join=4),
             FfnTiles(64, 128, 128, 4, 8, 2),
             FfnTiles(128, 256, 256, 2, 16, 2),
+            FfnTiles(32, 128, 128, 2, narrow=16),
+            FfnTiles(8, 128, 128, 4, fused=True, split=2, dynamic=True),
             FfnTiles(16, join=2, fused=True, prefetch=True),
             FfnTiles(32, 128, 128, 2, 8, 3, fused=True, dynamic=True),
             FfnTiles(16, 64, 64, 4, fused=True, split=4, dynamic=True),
@@ -83,18 +93,31 @@ def expert_cases(*, large: bool) -> list[ExpertCase]:
 def pipelined_cases() -> list[ExpertCase]:
     """The launch for many tokens (compute capability 9.0 alone): every cut of the features, few and many tokens a tile."""
     tiles = {
-        "w4a16": (FfnTiles(32, 128, 64, stages=2, pipelined=True), FfnTiles(128, 256, 128, 1, 8, 2, pipelined=True)),
+        "w4a16": (
+            FfnTiles(32, 128, 64, stages=2, pipelined=True),
+            FfnTiles(128, 256, 128, 1, 8, 2, pipelined=True),
+            FfnTiles(64, 256, 256, 1, 8, 2, pipelined=True, narrow=32),
+            FfnTiles(32, 128, 128, stages=3, pipelined=True, x_stages=3),
+            FfnTiles(64, 128, 128, stages=2, pipelined=True),
+        ),
         "w8a16": (
             FfnTiles(64, 128, 64, stages=3, pipelined=True),
+            FfnTiles(32, 128, 64, stages=3, pipelined=True, narrow=16),
             FfnTiles(128, 128, 256, 1, 8, 3, pipelined=True, x_stages=3),
+            FfnTiles(32, 128, 128, stages=3, pipelined=True, x_stages=3),
         ),
     }
     meetings = ((1, "spread"), (77, "spread"), (300, "one"), (513, "few"), (40, "none"), (900, "spread"))
+    chained = FfnTiles(32, 128, 128, stages=2, programs_per_sm=1, pipelined=True)
+    more_programs_than_first_items = ExpertCase(77, 1024, 512, 16, 2, PRECISIONS["w4a16"], chained)
     return [
-        ExpertCase(tokens, 1024, 2048, 16, 2, PRECISIONS[name], dataclasses.replace(t, programs_per_sm=1), pattern)
-        for name, choices in tiles.items()
-        for t in choices
-        for tokens, pattern in meetings
+        more_programs_than_first_items,
+        *(
+            ExpertCase(tokens, 1024, 2048, 16, 2, PRECISIONS[name], dataclasses.replace(t, programs_per_sm=1), pattern)
+            for name, choices in tiles.items()
+            for t in choices
+            for tokens, pattern in meetings
+        ),
     ]
 
 

@@ -40,6 +40,7 @@ class HeadCase:
         t = self.tiles
         tiles = (
             f"v{t.block_vocab}.r{t.block_rows}+{t.extra_rows}.f{t.block_features}{'-gated' * t.gated}{'-tma' * t.tma}"
+            f"{'-online' * t.online}"
             if t
             else "default"
         )
@@ -95,28 +96,44 @@ LARGE_HEADS = tuple(
 )
 
 # Hopper's own kernel; what it leaves over at every edge: rows, logits (an empty last half), features, groups of thresholds
-HOPPER_HEADS = tuple(
-    HeadCase(rows, features, vocab, k, 16, HeadTiles(*tiles, specialized=True, tma=True, gated=gated))
-    for rows, features, vocab, k, gated, tiles in (
-        (1, 1024, 32001, 2, True, (128, 128, 0, 64, 4, 6)),
-        (64, 2048, 8191, 17, False, (256, 128, 0, 64, 4, 4)),
-        (129, 96, 8129, 8, True, (128, 128, 64, 64, 4, 5)),
-        (161, 112, 8129, 8, True, (256, 128, 64, 64, 4, 4)),
-        (320, 1024, 32001, 16, True, (128, 256, 64, 64, 4, 4)),
-        (320, 96, 8193, 8, False, (128, 256, 64, 32, 4, 8)),
-        (511, 2048, 8191, 10, True, (128, 256, 0, 64, 4, 4)),
-        (1024, 64, 320, 1, True, (128, 256, 64, 64, 4, 4)),
+HOPPER_HEADS = (
+    tuple(
+        HeadCase(rows, features, vocab, k, 16, HeadTiles(*tiles, specialized=True, tma=True, gated=gated))
+        for rows, features, vocab, k, gated, tiles in (
+            (1, 1024, 32001, 2, True, (128, 128, 0, 64, 4, 6)),
+            (64, 2048, 8191, 17, False, (256, 128, 0, 64, 4, 4)),
+            (129, 96, 8129, 8, True, (128, 128, 64, 64, 4, 5)),
+            (161, 112, 8129, 8, True, (256, 128, 64, 64, 4, 4)),
+            (320, 1024, 32001, 16, True, (128, 256, 64, 64, 4, 4)),
+            (320, 96, 8193, 8, False, (128, 256, 64, 32, 4, 8)),
+            (511, 2048, 8191, 10, True, (128, 256, 0, 64, 4, 4)),
+            (1024, 64, 320, 1, True, (128, 256, 64, 64, 4, 4)),
+        )
     )
-) + tuple(
-    HeadCase(rows, features, vocab, k, 8, HeadTiles(*tiles, specialized=True, tma=True, gated=gated), int8_rows=True)
-    for rows, features, vocab, k, gated, tiles in (
-        (1, 1024, 32001, 2, True, (128, 128, 0, 128, 4, 3)),
-        (64, 2048, 8191, 17, False, (256, 128, 0, 128, 4, 4)),
-        (129, 112, 8129, 8, True, (128, 128, 64, 64, 4, 5)),
-        (161, 96, 8193, 8, False, (256, 128, 64, 32, 4, 8)),
-        (320, 1024, 32001, 16, True, (128, 256, 64, 128, 4, 4)),
-        (511, 2048, 8191, 10, True, (128, 256, 0, 128, 4, 4)),
-        (1024, 64, 320, 1, True, (128, 256, 64, 64, 4, 4)),
+    + tuple(
+        HeadCase(rows, features, vocab, k, 16, HeadTiles(*tiles, specialized=True, tma=True, gated=gated, online=True))
+        for rows, features, vocab, k, gated, tiles in (
+            (1, 1024, 32001, 2, True, (128, 128, 0, 64, 4, 6)),
+            (96, 2048, 8191, 16, True, (128, 128, 0, 64, 4, 6)),
+            (129, 96, 8129, 8, True, (128, 128, 64, 64, 4, 5)),
+            (255, 112, 8193, 17, False, (128, 256, 0, 64, 4, 4)),
+            (320, 1024, 32001, 8, True, (128, 256, 64, 64, 4, 4)),
+            (320, 96, 8193, 8, False, (128, 256, 64, 32, 4, 8)),
+            (311, 2048, 8191, 10, True, (128, 256, 64, 64, 4, 4)),
+            (1024, 64, 320, 1, True, (128, 256, 64, 64, 4, 4)),
+        )
+    )
+    + tuple(
+        HeadCase(rows, features, vocab, k, 8, HeadTiles(*tiles, specialized=True, tma=True, gated=gated), int8_rows=True)
+        for rows, features, vocab, k, gated, tiles in (
+            (1, 1024, 32001, 2, True, (128, 128, 0, 128, 4, 3)),
+            (64, 2048, 8191, 17, False, (256, 128, 0, 128, 4, 4)),
+            (129, 112, 8129, 8, True, (128, 128, 64, 64, 4, 5)),
+            (161, 96, 8193, 8, False, (256, 128, 64, 32, 4, 8)),
+            (320, 1024, 32001, 16, True, (128, 256, 64, 128, 4, 4)),
+            (511, 2048, 8191, 10, True, (128, 256, 0, 128, 4, 4)),
+            (1024, 64, 320, 1, True, (128, 256, 64, 64, 4, 4)),
+        )
     )
 )
 

@@ -12,6 +12,7 @@ import torch
 
 from kernels.replay_memory import Arena, StepSizes, Views, inputs_of, layout_of, tables_of
 from kernels.replay_search import Sentence
+from kernels.row_statistics import RowStatistics
 from kernels.small_linear import (
     FoldedLinear,
     Int8Linear,
@@ -47,6 +48,7 @@ class Parts:
         d, f = sizes.d_model, sizes.d_ff
         shapes = [(3 * d, d, True), (d, d, True), (d, d, False), (f, d, True), (d, f, False)]
         self.scratch = linear_scratch(shapes, max(sizes.entries, sizes.source_tokens), dtype, device)
+        self.statistics = RowStatistics.allocate(sizes.entries, d, device)  # of "x", from the writers that leave them
         self.tables, self.inputs = tables_of(self.arena.views), inputs_of(self.arena.views)
         self.table = self.draw(sizes.vocab, d, scale=d**-0.5)
         self.table[0] = float("nan")  # idle entries and padding are fed token 0
@@ -81,7 +83,8 @@ class Parts:
 
         def launch() -> None:
             into = {"residual": v[target]} if add else {"out": v[target]}
-            small_linear(v[source], weight, bias, relu=relu, scratch=self.scratch, **into)  # type: ignore[arg-type]
+            known = self.statistics if "x" in (source, target) else None
+            small_linear(v[source], weight, bias, relu=relu, scratch=self.scratch, statistics=known, **into)  # type: ignore[arg-type]
 
         def twin(was: Views, now: Views, _: list[Sentence]) -> float:
             residual = was[target] if add else None

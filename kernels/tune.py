@@ -60,17 +60,26 @@ def certificate(device: str) -> dict[str, str]:
     """Where and when a measurement was born."""
     import triton
 
-    commit = ""
-    if shutil.which("git"):
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "gpu": device,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit or "before first commit",
+        "commit": commit_of(Path(__file__)),
     }
+
+
+def commit_of(file: Path) -> str:
+    """Short hash of the checkout that `file` is part of, `-dirty` behind it where tracked files have been changed since."""
+    if not shutil.which("git"):
+        return "unknown: git is not installed"
+    try:
+        # a copy that happens to lie below somebody's checkout is not of its commit
+        for command in (["ls-files", "--error-unmatch", file.name], ["describe", "--always", "--dirty", "--exclude=*"]):
+            said = subprocess.run(["git", *command], cwd=file.parent, capture_output=True, text=True, check=True).stdout
+    except subprocess.CalledProcessError:
+        return "not in a git checkout"
+    return said.strip()
 
 
 def trial(mode: str, programs_file: Path, out: Path) -> bool:

@@ -17,11 +17,12 @@ def add_layernorm_jobs(d_model: int, top_k: int, dtype: torch.dtype) -> list[Job
     quantized = (*(dtype,) * 5, torch.int8, torch.float32, 1e-5)
     masked = (*outputs, dtype, dtype, torch.int8, torch.float32, 1e-5)
     bare, full = norm_constants(d_model, 0, masked=False), norm_constants(d_model, top_k, masked=True)
+    add = add_constants(d_model, top_k, masked=True)
     int8 = "add_layernorm_int8_kernel"
     return [
         *((_MODULE, int8, quantized, bare | {"AFFINE": affine}) for affine in (False, True)),
         *((_MODULE, int8, masked, full | {"AFFINE": affine}) for affine in (False, True)),
         (_MODULE, "add_layernorm_kernel", (*(dtype,) * 6, 1e-5), norm_constants(d_model, 0, masked=False)),
         (_MODULE, "add_layernorm_kernel", norm, norm_constants(d_model, top_k, masked=True)),
-        (_MODULE, "add_slots_kernel", outputs, add_constants(d_model, top_k, masked=True)),
+        *((_MODULE, "add_slots_kernel", (*outputs, torch.float32), add | {"LEAVE": leave}) for leave in (False, True)),
     ]

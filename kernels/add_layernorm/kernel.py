@@ -5,6 +5,7 @@ import triton.language as tl
 
 from kernels.dependency import prefetch_piece, wait_for_inputs
 from kernels.quantized_rows import SMALLEST
+from kernels.row_statistics_kernel import store_chunk_statistics
 
 _SMALLEST = tl.constexpr(SMALLEST)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -136,13 +137,16 @@ def add_slots_kernel(
     residual_ptr,
     delta_ptr,
     ids_ptr,
+    chunks_ptr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
     MASKED: tl.constexpr,
+    LEAVE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """residual += sum over slots of delta, stored back: what `add_layernorm_kernel` does before its norm, same bits."""
+    """residual += sum over slots of delta, stored back: what `add_layernorm_kernel` does before its norm, same bits. LEAVE:
+    statistics of the result's chunks go to chunks."""
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
     if D % BLOCK == 0:
@@ -155,4 +159,7 @@ def add_slots_kernel(
     mask = d < D
     x = tl.load(residual_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
     total = _sum_of_slots(delta_ptr, ids_ptr, row, d, mask, D, D % BLOCK == 0, BLOCK, SLOTS, MASKED)
-    tl.store(residual_ptr + row * D + d, (x + total).to(residual_ptr.dtype.element_ty), mask=mask)
+    stored = (x + total).to(residual_ptr.dtype.element_ty)
+    tl.store(residual_ptr + row * D + d, stored, mask=mask)
+    if LEAVE:
+        store_chunk_statistics(chunks_ptr, row, first, stored.to(tl.float32), D, BLOCK)

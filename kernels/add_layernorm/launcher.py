@@ -8,6 +8,7 @@ import torch
 
 from kernels.launch import check, next_power_of_two, overlap
 from kernels.quantized_rows import QuantizedRows, check_quantized
+from kernels.row_statistics import RowStatistics
 
 
 def add_layernorm(
@@ -95,17 +96,33 @@ def add_layernorm_int8(
     return out
 
 
-def add_slots(residual: torch.Tensor, delta: torch.Tensor, *, expert_ids: torch.Tensor | None = None) -> torch.Tensor:
-    """residual += delta in place, as in `add_layernorm` and with the same bits, for a reader that takes its norm itself."""
+def add_slots(
+    residual: torch.Tensor,
+    delta: torch.Tensor,
+    *,
+    expert_ids: torch.Tensor | None = None,
+    statistics: RowStatistics | None = None,
+) -> torch.Tensor:
+    """residual += delta in place, as in `add_layernorm` and with the same bits, for a reader that takes its norm itself.
+    statistics: the new residual's are left there, where D serves them."""
     slots = _check_operands(residual, delta, expert_ids)
     rows, features = residual.shape
+    leave = statistics is not None and statistics.serves(rows, features)
+    if statistics is not None:
+        statistics.valid = leave
     if rows == 0:
         return residual
     from kernels.add_layernorm.kernel import add_slots_kernel
 
     constants = add_constants(features, slots, masked=expert_ids is not None)
     add_slots_kernel[(rows, -(-features // constants["BLOCK"]))](
-        residual, delta, residual if expert_ids is None else expert_ids, **constants, **overlap(residual)
+        residual,
+        delta,
+        residual if expert_ids is None else expert_ids,
+        statistics.chunks if statistics is not None and leave else residual,
+        **constants,
+        LEAVE=leave,
+        **overlap(residual),
     )
     return residual
 

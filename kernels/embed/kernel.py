@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from kernels.dependency import wait_for_inputs
+from kernels.row_statistics_kernel import store_chunk_statistics
 
 
 @triton.jit(do_not_specialize=["V", "P", "pad"])
@@ -13,6 +14,7 @@ def embed_kernel(
     table_ptr,
     position_table_ptr,
     out_ptr,
+    chunks_ptr,
     scale,
     V,
     P,
@@ -20,10 +22,11 @@ def embed_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     GIVEN_ROWS: tl.constexpr,
+    LEAVE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """GIVEN_ROWS: positions_ptr holds rows of the position table; else positions from 0. Compiled without fused
-    multiply-add, since torch rounds the product before it adds."""
+    multiply-add, since torch rounds the product before it adds. LEAVE: statistics of the result's chunks go to chunks."""
     wait_for_inputs(OVERLAP)
     dtype: tl.constexpr = table_ptr.dtype.element_ty
     r = tl.program_id(0).to(tl.int64)
@@ -38,3 +41,5 @@ def embed_kernel(
     scaled = (x.to(tl.float32) * scale).to(dtype)
     out = (scaled.to(tl.float32) + position.to(tl.float32)).to(dtype)
     tl.store(out_ptr + r * D + d, out, mask=in_d)
+    if LEAVE:
+        store_chunk_statistics(chunks_ptr, r, tl.program_id(1) * BLOCK, out.to(tl.float32), D, BLOCK)

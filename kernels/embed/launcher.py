@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.launch import check, next_power_of_two, overlap
+from kernels.row_statistics import RowStatistics
 
 
 def embed(
@@ -17,14 +18,15 @@ def embed(
     pad_token_id: int,
     position_rows: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    statistics: RowStatistics | None = None,
 ) -> torch.Tensor:
     """table[token] * scale + position_table[row] -> [R, D]; the product is rounded before the sum, as torch does it.
 
     token_ids int32/int64[R]; table fp32/bf16/fp16[V, D], position_table [P, D] of the same dtype. Decoder: positions
     int32/int64[R] from 0, row = position + 1 + pad_token_id, and pad_token_id itself for a pad token. Encoder: None for
     positions, and position_rows int32/int64[R], the rows themselves. An id or row outside its table counts as zeros (rows
-    of a captured step that are not in use may hold anything). One launch, no host sync. Raises ValueError for operands that
-    do not belong together.
+    of a captured step that are not in use may hold anything). statistics: the result's are left there, where D serves them.
+    One launch, no host sync. Raises ValueError for operands that do not belong together.
     """
     check(
         (positions is None) != (position_rows is None),
@@ -54,6 +56,9 @@ def embed(
         tuple(out.shape) == (rows, features) and out.dtype == table.dtype and out.is_contiguous(),
         f"out is {out.dtype}{list(out.shape)}; want contiguous {table.dtype}[{rows}, {features}]",
     )
+    leave = statistics is not None and statistics.serves(rows, features)
+    if statistics is not None:
+        statistics.valid = leave
     if rows == 0:
         return out
     from kernels.embed.kernel import embed_kernel
@@ -65,6 +70,7 @@ def embed(
         table,
         position_table,
         out,
+        statistics.chunks if statistics is not None and leave else out,
         scale,
         table.shape[0],
         position_table.shape[0],
@@ -72,6 +78,7 @@ def embed(
         D=features,
         BLOCK=block,
         GIVEN_ROWS=positions is None,
+        LEAVE=leave,
         num_warps=max(1, block // 256),
         enable_fp_fusion=False,
         **overlap(out),

@@ -307,6 +307,51 @@ def _epilogue(
 
 
 @triton.jit
+def _tile(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    b_ptr,
+    gate_ptr,
+    gather_ptr,
+    out_ptr,
+    expert,
+    start,
+    count,
+    n_block,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+    JOIN: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASM: tl.constexpr,
+    FIRST: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """BN output features of `count` pairs from `start` on in expert order, BT lanes wide."""
+    lane = tl.arange(0, BT)
+    valid = lane < count
+    pairs = tl.load(gather_ptr + start + lane, mask=valid, other=0)
+    x_rows = (pairs // TOP_K if FIRST else start + lane).to(tl.int64)
+    KB: tl.constexpr = 64 * JOIN if BITS == 16 else 1024 // BITS
+    steps: tl.constexpr = (K + KB - 1) // KB
+    acc = _accumulate(
+        x_ptr, x_rows, valid, w_ptr, s_ptr, expert, n_block, 0, steps, N, K, BITS, GROUP, BN, BT, JOIN, STAGES, ASM
+    )
+    out = _epilogue(acc, s_ptr, b_ptr, gate_ptr, pairs, valid, expert, n_block, N, BITS, GROUP, BN, FIRST, not FIRST)
+    rows = (start + lane if FIRST else pairs).to(tl.int64)
+    n = n_block * BN + tl.arange(0, BN)
+    tl.store(
+        out_ptr + rows[None, :] * N + n[:, None],
+        out.to(out_ptr.dtype.element_ty),
+        mask=valid[None, :] & (n < N)[:, None],
+    )
+
+
+@triton.jit
 def expert_gemm_kernel(
     x_ptr,
     w_ptr,
@@ -328,10 +373,12 @@ def expert_gemm_kernel(
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
     FIRST: tl.constexpr,
+    NARROW: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One program = one tile. FIRST: x rows are tokens (gathered), ReLU, out rows in expert order. Else: x rows in expert
-    order, gate weight applied, out rows scattered to pair order."""
+    order, gate weight applied, out rows scattered to pair order. A tile of at most NARROW pairs multiplies NARROW lanes, any
+    other BT (NARROW 0: all tiles)."""
     if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -341,23 +388,11 @@ def expert_gemm_kernel(
         expert = tl.load(tiles_ptr + tile * 4)
         start = tl.load(tiles_ptr + tile * 4 + 1)
         count = tl.load(tiles_ptr + tile * 4 + 2)
-        lane = tl.arange(0, BT)
-        valid = lane < count
-        pairs = tl.load(gather_ptr + start + lane, mask=valid, other=0)
-        x_rows = (pairs // TOP_K if FIRST else start + lane).to(tl.int64)
-        KB: tl.constexpr = 64 * JOIN if BITS == 16 else 1024 // BITS
-        steps: tl.constexpr = (K + KB - 1) // KB
-        acc = _accumulate(
-            x_ptr, x_rows, valid, w_ptr, s_ptr, expert, n_block, 0, steps, N, K, BITS, GROUP, BN, BT, JOIN, STAGES, ASM
-        )
-        out = _epilogue(acc, s_ptr, b_ptr, gate_ptr, pairs, valid, expert, n_block, N, BITS, GROUP, BN, FIRST, not FIRST)
-        rows = (start + lane if FIRST else pairs).to(tl.int64)
-        n = n_block * BN + tl.arange(0, BN)
-        tl.store(
-            out_ptr + rows[None, :] * N + n[:, None],
-            out.to(out_ptr.dtype.element_ty),
-            mask=valid[None, :] & (n < N)[:, None],
-        )
+        of_tile = (x_ptr, w_ptr, s_ptr, b_ptr, gate_ptr, gather_ptr, out_ptr, expert, start, count, n_block)
+        if NARROW > 0 and count <= NARROW:
+            _tile(*of_tile, N, K, TOP_K, BITS, GROUP, BN, JOIN, STAGES, ASM, FIRST, NARROW)
+        else:
+            _tile(*of_tile, N, K, TOP_K, BITS, GROUP, BN, JOIN, STAGES, ASM, FIRST, BT)
 
 
 @triton.jit

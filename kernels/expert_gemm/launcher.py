@@ -217,6 +217,7 @@ def gemm_constants(
         "STAGES": tiles.stages,
         "ASM": asm,
         "FIRST": first,
+        "NARROW": tiles.narrow,
     }
 
 

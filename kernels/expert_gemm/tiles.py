@@ -15,10 +15,13 @@ from kernels.tile_configs import measured_choice
 
 @dataclass(frozen=True, slots=True)
 class FfnTiles:
-    """block_tokens: pairs a tile. bn1, bn2: output features a tile of the first / second GEMM. join: weight planes (32 input
-    features each; for 16-bit weights 64) that one dot takes. fused: both GEMMs in one launch; the rest holds for it alone.
+    """block_tokens: pairs a tile; 8 take another instruction of Hopper's tensor cores than more do, which gives other bits.
+    bn1, bn2: output features a tile of the first / second GEMM. join: weight planes (32 input features each; for 16-bit
+    weights 64) that one dot takes. fused: both GEMMs in one launch; the rest holds for it alone.
     split: parts of the second GEMM's K. programs_per_sm: persistent programs; they must all be resident unless `dynamic`.
     prefetch: bring a program's next item into L2. max_registers 0: the compiler's choice.
+    narrow: a tile of at most so many pairs multiplies no more lanes than that (0: every tile multiplies block_tokens);
+    for the plain and the pipelined launch.
     pipelined: the launch for many tokens on compute capability 9.0 (hopper/kernel.py). Of the fields above it takes
     block_tokens, bn1 and bn2 (16 or 32 features a warp), warps, programs_per_sm and max_registers; stages and x_stages are
     the steps of weights and of activations it holds.
@@ -38,14 +41,19 @@ class FfnTiles:
     max_registers: int = 0
     pipelined: bool = False
     x_stages: int = 2
+    narrow: int = 0
 
     def __post_init__(self) -> None:
-        check(self.block_tokens in (16, 32, 64, 128, 256), f"block_tokens is {self.block_tokens}; choose 16 to 256")
+        check(self.block_tokens in (8, 16, 32, 64, 128, 256), f"block_tokens is {self.block_tokens}; choose 8 to 256")
         check(
             self.bn1 in (64, 128, 256) and self.bn2 in (64, 128, 256), f"bn is {self.bn1}, {self.bn2}; choose 64, 128 or 256"
         )
         check(self.join in (1, 2, 4), f"join is {self.join}; choose 1, 2 or 4")
         check(not (self.dynamic and self.prefetch), "prefetch needs to know the next item: it cannot go with dynamic")
+        check(
+            self.narrow == 0 or (self.block_tokens >= 32 and self.narrow == self.block_tokens // 2 and not self.fused),
+            f"narrow is {self.narrow}; choose 0, or half of {self.block_tokens} pairs from 32 on where not fused",
+        )
         if self.pipelined:
             rows = 16 * self.warps
             check(

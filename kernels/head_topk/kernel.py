@@ -7,7 +7,8 @@ in fp32: rounded to 16 bits many of them would tie.
 
 What the launches hand over, here and in `specialized`: partials fp32[C / PACK, R, PACK, 2], maximum and sum of a chunk of a
 row, packed so that neither side touches memory by single words; logits fp32[C][R][BV], chunk by chunk (the last chunk is as
-wide as what is left), so that what a program writes lies together; thresholds int32[GROUPS, R] (`_ordered`).
+wide as what is left), so that what a program writes lies together; thresholds int32[GROUPS, R] (`_ordered`). `online` keeps
+maxima and sums apart.
 """
 
 import triton
@@ -295,9 +296,10 @@ def _take_best(order, ids):
     return best, chosen, tl.where(ids == chosen, -(2**31), order)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "R_pad", "P"])
 def head_merge_kernel(
     partial_ptr,
+    sums_ptr,
     banned_ptr,
     banned_logit_ptr,
     logits_ptr,
@@ -305,9 +307,12 @@ def head_merge_kernel(
     ids_ptr,
     lse_ptr,
     R,
+    R_pad,
+    P,
     V,
     BV: tl.constexpr,
     C_PAD: tl.constexpr,
+    P_PAD: tl.constexpr,
     PACK: tl.constexpr,
     LANED: tl.constexpr,
     K: tl.constexpr,
@@ -316,26 +321,36 @@ def head_merge_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One program = one row: log-sum-exp over all chunks; the K best logits lie in the K chunks that are best by
-    (maximum, lower index), and only those are read. LANED: the order in which `specialized` writes the logits of a chunk."""
+    (maximum, lower index), and only those are read. LANED: the order in which `specialized` writes the logits of a chunk.
+    P_PAD > 0: maxima and sums lie apart, as `online` tells them: sums by its P programs, of all tokens, banned or not."""
     if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     C = tl.cdiv(V, BV)
     c = tl.arange(0, C_PAD)
-    at = (c // PACK * R + row) * (2 * PACK) + c % PACK * 2
-    tops = tl.load(partial_ptr + at, mask=c < C, other=float("-inf"))
-    sums = tl.load(partial_ptr + at + 1, mask=c < C, other=0.0)
-    peak = tl.max(tops, 0)
+    if P_PAD > 0:
+        tops = tl.load(partial_ptr + (c // PACK * R_pad + row) * PACK + c % PACK, mask=c < C, other=float("-inf"))
+        p = tl.arange(0, P_PAD)
+        at = (p * R_pad + row) * 2
+        peaks = tl.load(sums_ptr + at, mask=p < P, other=float("-inf"))
+        sums = tl.load(sums_ptr + at + 1, mask=p < P, other=0.0)
+    else:
+        at = (c // PACK * R + row) * (2 * PACK) + c % PACK * 2
+        tops = tl.load(partial_ptr + at, mask=c < C, other=float("-inf"))
+        sums = tl.load(partial_ptr + at + 1, mask=c < C, other=0.0)
+        peaks = tops
+    peak = tl.max(peaks, 0)
     banned = -1
     if HAS_BANNED:
         banned = tl.load(banned_ptr + row)
-        has = (banned >= 0) & (banned < V)
-        extra = tl.load(banned_logit_ptr + row, mask=has, other=float("-inf"))
-        peak = tl.maximum(peak, extra)
+        if P_PAD == 0:
+            has = (banned >= 0) & (banned < V)
+            extra = tl.load(banned_logit_ptr + row, mask=has, other=float("-inf"))
+            peak = tl.maximum(peak, extra)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(sums * tl.exp(tops - peak), 0)
-    if HAS_BANNED:
+    total = tl.sum(sums * tl.exp(peaks - peak), 0)
+    if HAS_BANNED and P_PAD == 0:
         total += tl.exp(extra - peak)
     lse = peak + tl.log(total)
     broken = ~((lse > float("-inf")) & (lse < float("inf")))

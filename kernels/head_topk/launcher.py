@@ -7,17 +7,23 @@ from typing import Any
 
 import torch
 
+from kernels.head_topk.constants import (
+    MAX_PROGRAMS,
+    PACK,
+    chunk_constants,
+    chunk_options,
+    merge_constants,
+    start_constants,
+)
 from kernels.head_topk.operands import TopTokens
 from kernels.head_topk.tiles import HeadTiles, select_tiles
 from kernels.int8_linear import Int8Linear
-from kernels.launch import check, next_power_of_two, overlap
+from kernels.launch import check, overlap
 from kernels.quantized_rows import QuantizedRows, check_quantized
 
 _MAX_K = 17  # two tokens for each of eight beams, and one
 _MERGE_WARPS = 4
 _MAX_CHUNKS = 8192  # the second launch holds one number for each in registers
-_PACK = 8  # chunks of a row whose maxima and sums lie together: 64 bytes
-_START_BLOCK = 1024
 
 
 def head_topk(
@@ -56,6 +62,7 @@ def head_topk(
     tiles = tiles or select_tiles(num_rows, num_features, vocab_size, bits, x.device, codes.dtype)
     num_chunks = -(-vocab_size // tiles.chunk)
     check(num_chunks <= _MAX_CHUNKS, f"{num_chunks} chunks of the vocabulary; choose tiles with a larger block_vocab")
+    check(not tiles.online or bits == 16, "online tiles are for weights and rows of 16 bits: choose tiles with online=False")
     # int8 codes come through the plain kernel's descriptors wrong now and then (Triton 3.6, H100, 64 rows and more).
     check(
         not tiles.tma or bits == 16 or (tiles.specialized and codes.dtype == torch.int8),
@@ -74,6 +81,10 @@ def head_topk(
         and logits_scratch.shape[0] >= num_rows
         and logits_scratch.shape[1] >= vocab_size,
         f"logits_scratch must be contiguous fp32[>= {num_rows}, >= {vocab_size}]",
+    )
+    check(
+        not tiles.online or logits_scratch.data_ptr() % 8 == 0,
+        "online tiles store two logits at a time: logits_scratch must begin at a multiple of 8 bytes",
     )
     if num_rows:
         _launch(x, weight, k, vocab_size, banned, logits_scratch, out, tiles)
@@ -95,24 +106,37 @@ def _launch(
     num_rows, num_features = x.shape
     matrix, scales = (weight.codes, weight.scales) if isinstance(weight, Int8Linear) else (weight, logits)
     x, row_scales = x if isinstance(x, QuantizedRows) else (x, logits)
+    tile_rows = tiles.block_rows + tiles.extra_rows
+    row_tiles, vocab_tiles = -(-num_rows // tile_rows), -(-vocab_size // tiles.block_vocab)
+    padded_rows = row_tiles * tile_rows if tiles.online else num_rows
     # apart: a piece of one allocation might not be aligned, and Triton compiles another kernel for an unaligned pointer
-    partials = logits.new_empty((-(-vocab_size // (tiles.chunk * _PACK)), num_rows, _PACK, 2))
+    num_packs = -(-vocab_size // (tiles.chunk * PACK))
+    partials = logits.new_empty((num_packs, padded_rows, PACK) if tiles.online else (num_packs, num_rows, PACK, 2))
+    sums, programs = partials, 0
+    if tiles.online:  # a program's tiles are of the same rows
+        programs = min(vocab_tiles, MAX_PROGRAMS, max(1, _properties(x.device).multi_processor_count // row_tiles))
+        sums = logits.new_empty((programs, padded_rows, 2))
     banned_logits = logits.new_empty(num_rows)
     bits, has_banned = 8 if isinstance(weight, Int8Linear) else 16, banned is not None
     given = out.token_ids if banned is None else banned
     thresholds, flags = given, given  # for tiles that read neither
     constants = chunk_constants(num_features, k, bits, has_banned, tiles)
     if tiles.gated or tiles.specialized:
-        num_thresholds = constants["GROUPS"] * num_rows
+        num_thresholds = constants["GROUPS"] * padded_rows
         thresholds = given.new_empty(num_thresholds)
-        flags = given.new_empty(-(-vocab_size // tiles.block_vocab))
+        flags = given.new_empty(vocab_tiles)
         start = start_constants(vocab_size, has_banned, tiles)
         head_start_kernel[(1,)](thresholds, flags, given, num_thresholds, num_rows, vocab_size, **start, **overlap(x))
     inputs = operands(x, matrix[:vocab_size], tiles)
-    num_tiles = -(-vocab_size // tiles.block_vocab) * -(-num_rows // (tiles.block_rows + tiles.extra_rows))
+    num_tiles = vocab_tiles * row_tiles
     outputs = (partials, banned_logits, logits, num_rows, vocab_size)
     options = {**constants, **chunk_options(tiles), **overlap(x)}
-    if tiles.specialized:
+    if tiles.online:
+        from kernels.head_topk.online import head_online_kernel
+
+        written = (partials, sums, logits, num_rows, vocab_size)
+        head_online_kernel[(programs * row_tiles,)](*inputs[:2], given, thresholds, flags, *written, num_tiles, **options)
+    elif tiles.specialized:
         from kernels.head_topk.specialized import head_specialized_kernel
 
         grid = (min(num_tiles, _properties(x.device).multi_processor_count),)
@@ -121,6 +145,7 @@ def _launch(
         head_chunk_kernel[(num_tiles,)](*inputs, row_scales, scales, given, thresholds, *outputs, **options)
     head_merge_kernel[(num_rows,)](
         partials,
+        sums,
         given,
         banned_logits,
         logits,
@@ -128,6 +153,8 @@ def _launch(
         out.token_ids,
         out.log_sum_exp,
         num_rows,
+        padded_rows,
+        programs,
         vocab_size,
         **merge_constants(k, vocab_size, has_banned, tiles),
         num_warps=_MERGE_WARPS,
@@ -146,7 +173,7 @@ def operands(x: torch.Tensor, matrix: torch.Tensor, tiles: HeadTiles) -> tuple[A
         return x, matrix, x
     if tiles.specialized:
         return (
-            _swizzled(x, tiles.block_rows // 2, tiles),
+            _swizzled(x, 64 if tiles.online else tiles.block_rows // 2, tiles),
             _swizzled(matrix, tiles.block_vocab, tiles),
             _swizzled(x, 64, tiles),
         )
@@ -167,68 +194,6 @@ def _swizzled(tensor: torch.Tensor, rows: int, tiles: HeadTiles) -> Any:
     dtype = {torch.bfloat16: bfloat16, torch.float16: float16, torch.int8: int8}[tensor.dtype]
     layout = NVMMASharedLayout.get_default_for(block, dtype)
     return TensorDescriptor.from_tensor(tensor, block, layout)
-
-
-def chunk_options(tiles: HeadTiles) -> dict[str, int]:
-    """Launch options of the first kernel."""
-    if tiles.specialized:
-        return {"num_warps": 4, "maxnreg": 168}  # 12 warps in all, which then share out 3 x 168 registers a lane themselves
-    return {"num_warps": tiles.warps, "num_stages": tiles.stages}
-
-
-def chunk_constants(num_features: int, k: int, bits: int, has_banned: bool, tiles: HeadTiles) -> dict[str, Any]:
-    """Compile-time arguments of the first kernel; the tuner and the compile check build the same ones."""
-    if tiles.specialized:
-        return {
-            "D": num_features,
-            "BV": tiles.block_vocab,
-            "BR": tiles.block_rows // 2,
-            "BR2": tiles.extra_rows,
-            "BK": tiles.block_features,
-            "STAGES": tiles.stages,
-            "GROUPS": max(8, next_power_of_two(k)),  # as many as the narrowest product has columns
-            "PACK": _PACK,
-            "HAS_BANNED": has_banned,
-            "GATED": tiles.gated,
-        }
-    return {
-        "D": num_features,
-        "BITS": bits,
-        "BV": tiles.block_vocab,
-        "BR": tiles.block_rows,
-        "BR2": tiles.extra_rows,
-        "BK": tiles.block_features,
-        "SLICE": tiles.slice_rows,
-        "GROUPS": next_power_of_two(k),
-        "PACK": _PACK,
-        "HAS_BANNED": has_banned,
-        "GATED": tiles.gated,
-        "TMA": tiles.tma,
-    }
-
-
-def start_constants(vocab_size: int, has_banned: bool, tiles: HeadTiles) -> dict[str, Any]:
-    """Compile-time arguments and options of `head_start_kernel`."""
-    return {
-        "BV": tiles.block_vocab,
-        "FLAGS": next_power_of_two(-(-vocab_size // tiles.block_vocab)) if tiles.specialized else 0,
-        "BLOCK": _START_BLOCK,
-        "HAS_BANNED": has_banned,
-        "num_warps": 8,
-    }
-
-
-def merge_constants(k: int, vocab_size: int, has_banned: bool, tiles: HeadTiles) -> dict[str, Any]:
-    """Compile-time arguments of `head_merge_kernel`."""
-    return {
-        "BV": tiles.chunk,
-        "C_PAD": next_power_of_two(-(-vocab_size // tiles.chunk)),
-        "PACK": _PACK,
-        "LANED": tiles.specialized,
-        "K": k,
-        "K_PAD": next_power_of_two(k),
-        "HAS_BANNED": has_banned,
-    }
 
 
 def _empty_result(x: torch.Tensor | QuantizedRows, k: int) -> TopTokens:

@@ -24,7 +24,8 @@ class HeadTiles:
     taken at a time: fewer need fewer registers, more need fewer barriers. gated: skip storing logits of chunks that cannot
     hold a result (meant for a few dozen rows and more). tma: load through tensor descriptors (D a multiple of 16).
     specialized: Hopper's own kernel for 16-bit weights, and for int8 rows (`kernels.head_topk.specialized`): block_rows are
-    cut in two halves for its two groups of 4 warps, extra_rows are shared; slice_rows has no meaning there.
+    cut in two halves for its two groups of 4 warps, extra_rows are shared; slice_rows has no meaning there. online, with
+    specialized: another one, for rows of 16 bits (`kernels.head_topk.online`): 4 warps for each 64 of its rows.
     """
 
     block_vocab: int
@@ -37,6 +38,7 @@ class HeadTiles:
     gated: bool = False
     tma: bool = False
     specialized: bool = False
+    online: bool = False
 
     def __post_init__(self) -> None:
         check(self.block_vocab in (16, 32, 64, 128, 256), f"block_vocab is {self.block_vocab}; choose 16 to 256")
@@ -52,11 +54,20 @@ class HeadTiles:
                 and (self.warps, self.tma) == (4, True),
                 "specialized tiles: block_vocab and block_rows 128 or 256, extra_rows 0 or 64, warps=4, tma=True",
             )
+        check(
+            not self.online or (self.specialized and self.block_vocab == 128 and self.block_features in (32, 64)),
+            "online tiles: specialized=True, block_vocab 128, block_features 32 or 64",
+        )
 
     @property
     def chunk(self) -> int:
         """Logits that share one maximum and one sum of exponentials."""
-        return self.block_vocab // 2 if self.specialized else self.block_vocab
+        return self.block_vocab // 2 if self.specialized and not self.online else self.block_vocab
+
+    @property
+    def laned(self) -> bool:
+        """Logits of a whole chunk are stored in the order of the lanes that hold them (`specialized`), not of tokens."""
+        return self.specialized and not self.online
 
 
 def default_tiles(num_rows: int, dtype: torch.dtype) -> HeadTiles:
@@ -81,6 +92,8 @@ def select_tiles(
 def fixed_tiles(num_features: int, vocab_size: int, bits: int, device: torch.device, dtype: torch.dtype) -> HeadTiles:
     """The same tiles for every number of rows: a row's bits then do not depend on how many rows run with it.
 
-    It is the choice for 64 rows, without extra rows: those lie in a dot of another width than the first ones.
+    It is the choice for 64 rows, without extra rows: those lie in a dot of another width than the first ones. And not
+    online: how many programs share a row's sum depends on the number of rows.
     """
-    return dataclasses.replace(select_tiles(_FIXED_ROWS, num_features, vocab_size, bits, device, dtype), extra_rows=0)
+    found = select_tiles(_FIXED_ROWS, num_features, vocab_size, bits, device, dtype)
+    return dataclasses.replace(found, extra_rows=0, online=False)

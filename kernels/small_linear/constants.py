@@ -42,10 +42,13 @@ def gemm_constants(
 
 
 def specialized_constants(
-    n: int, k: int, tiles: LinearTiles, *, bias: bool, norm: int, relu: bool, mode: int
+    n: int, k: int, tiles: LinearTiles, *, bias: bool, norm: int, relu: bool, mode: int, leave: bool = False
 ) -> dict[str, Any]:
-    """For `specialized_linear_kernel`; norm: its NORM, 0 to 2. With more than 32 sums a thread keeps more registers, and a
-    multiprocessor holds fewer programs."""
+    """For `specialized_linear_kernel`; norm: its NORM, 0 to 3; leave: its LEAVE. Registers are shared out anew within a
+    program: 104 a thread are 168 and more for those that multiply. A program that takes few leaves room beside it for
+    attention's, which may start before it is over (a step of 320 rows: 1,098 -> 1,089 us); what would spill gets 128."""
+    wide = tiles.bn * tiles.br > 1024 * tiles.warps
+    many = tiles.bn == 256 or tiles.br == 128 or (wide and mode == 1) or (norm == 1 and tiles.br >= 64)
     return {
         "N": n,
         "K": k,
@@ -57,10 +60,11 @@ def specialized_constants(
         "NORM": norm,
         "RELU": relu,
         "MODE": mode,
+        "LEAVE": leave,
         "PREFETCH": tiles.prefetch,
         "WARPS": tiles.warps,
         "num_warps": tiles.warps,
-        "maxnreg": 168 if tiles.bn * tiles.br > 1024 * tiles.warps else 128,
+        "maxnreg": 128 if many else 104,
     } | overlap_options(tiles.overlap)
 
 

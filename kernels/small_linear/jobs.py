@@ -33,8 +33,10 @@ def linear_jobs(
     relu: bool = False,
     mode: int = 0,
     hopper: bool = False,
+    chunks: bool = False,
 ) -> list[Job]:
-    """Jobs that cover one call with these tiles (mode 0: plain, 1: residual, 2: keys and values into the cache)."""
+    """Jobs that cover one call with these tiles (mode 0: plain, 1: residual, 2: keys and values into the cache). chunks:
+    with statistics of chunks of the rows, read where a norm is folded in and left of a residual."""
     f32 = torch.float32
     index = _I32 if mode == 2 else dtype
     vector = f32 if norm else dtype
@@ -50,17 +52,20 @@ def linear_jobs(
         constants = gemv_constants(n, k, tiles, int8=int8, bias=True, norm=norm, relu=relu, mode=mode, hopper=hopper)
         return [("kernels.small_linear.gemv", "gemv_kernel", (*operands, *target, *sizes), constants)]
     jobs: list[Job] = []
-    if norm and not tiles.sums_rows:
+    chunks = chunks and tiles.specialized
+    leave = chunks and mode == 1
+    if norm and not tiles.sums_rows and not chunks:
         jobs.append((_MODULE, "row_statistics_kernel", (dtype, f32, 1e-5), statistics_constants(k, hopper=hopper)))
     in_loop = 3 if tiles.gram and dtype != f32 else 1
-    how = 0 if not norm else in_loop if tiles.sums_rows else 2
+    how = 0 if not norm else 3 if chunks else in_loop if tiles.sums_rows else 2
     if tiles.specialized:
         blocks = [
             block_descriptor(torch.empty(rows, k, dtype=dtype, device="meta"), rows, tiles.bk)
             for rows in (tiles.br, tiles.bn)
         ]
-        constants = specialized_constants(n, k, tiles, bias=True, norm=how, relu=relu, mode=mode)
-        given = (dtype, dtype, vector, f32 if norm else dtype, f32 if how == 2 else dtype, dtype, dtype)
+        constants = specialized_constants(n, k, tiles, bias=True, norm=how, relu=relu, mode=mode, leave=leave)
+        statistics = (f32 if how >= 2 else dtype, f32 if leave else dtype)
+        given = (dtype, dtype, vector, f32 if norm else dtype, *statistics, dtype, dtype)
         args: tuple[Any, ...] = (*blocks, *given, *target, *sizes)
         return [*jobs, ("kernels.small_linear.specialized", "specialized_linear_kernel", args, constants)]
     constants = gemm_constants(
@@ -95,7 +100,7 @@ def int8_rows_jobs(
         block_descriptor(torch.empty(rows, k, dtype=code, device="meta"), rows, tiles.bk) for rows in (tiles.br, tiles.bn)
     ]
     constants = specialized_constants(n, k, tiles, bias=True, norm=0, relu=relu, mode=mode)
-    args = (*blocks, code, code, bias, f32, f32, f32, f32, *target, *sizes, 1e-5)
+    args = (*blocks, code, code, bias, f32, f32, f32, f32, f32, *target, *sizes, 1e-5)
     return [("kernels.small_linear.specialized", "specialized_linear_kernel", args, constants)]
 
 
@@ -123,9 +128,10 @@ def default_jobs(d_model: int, capability: int) -> list[Job]:
                 wanted |= {LinearTiles(64, 128, br, stages=5, overlap=True, specialized=True) for br in (32, 64)}
             for tiles in sorted(wanted, key=repr):
                 if bits != 8 or not tiles.library:
-                    found += linear_jobs(
-                        n, k, tiles, dtype, int8=bits == 8, norm=norm, relu=relu, mode=mode, hopper=capability >= 90
-                    )
+                    what = {"norm": norm, "relu": relu, "mode": mode, "hopper": capability >= 90}
+                    found += linear_jobs(n, k, tiles, dtype, int8=bits == 8, **what)  # type: ignore[arg-type]
+                    if tiles.specialized:
+                        found += linear_jobs(n, k, tiles, dtype, chunks=True, **what)  # type: ignore[arg-type]
     for n, relu, mode in ((3 * d, False, 2), (d, False, 0), (4 * d, True, 0)):
         own = {select_tiles_int8_rows(n, d, rows, torch.device("meta")) for rows in (1, 32, 320)}
         if capability == 90:

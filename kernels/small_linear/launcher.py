@@ -6,6 +6,7 @@ import torch
 
 from kernels.launch import check
 from kernels.quantized_rows import QuantizedRows
+from kernels.row_statistics import RowStatistics
 from kernels.small_linear.folded import FoldedLinear
 from kernels.small_linear.int8_rows import check_int8_rows, launch_int8_rows
 from kernels.small_linear.launches import (
@@ -39,6 +40,7 @@ def small_linear(
     fixed: bool = False,
     scratch: LinearScratch | None = None,
     dtype: torch.dtype | None = None,
+    statistics: RowStatistics | None = None,
 ) -> torch.Tensor:
     """relu(x W^T + bias) -> out [R, N]; or, with a residual, added to it in place, and the residual is returned.
 
@@ -56,6 +58,9 @@ def small_linear(
     rows. Capture-safe: no host sync. With a scratch (`linear_scratch`, one per stream) nothing but `out` is allocated;
     without one, a split of K, statistics by a launch of their own and a library GEMM take theirs from torch's allocator in
     every call (as a folded library GEMM in fp32 does always).
+    statistics: with a residual, where the new residual's go if these tiles can leave them (`valid` says so afterwards); with
+    a FoldedLinear, those of x: where they are valid and the tiles can read them, nobody sums x up again. The sums are taken
+    in another order then.
     Raises ValueError for operands that do not belong together.
     """
     n = weight.shape[0]
@@ -67,7 +72,7 @@ def small_linear(
         check(dtype is not None, "int8 rows do not say the result's dtype: pass out, residual or dtype")
         result = torch.empty((x.shape[0], n), dtype=dtype, device=x.device)
     _check_result(result, (x.shape[0], n), x, "out" if residual is None else "residual")
-    _linear(x, weight, bias, relu, mode, result, None, tiles, fixed, scratch)
+    _linear(x, weight, bias, relu, mode, result, None, tiles, fixed, scratch, statistics)
     return result
 
 
@@ -83,6 +88,7 @@ def qkv_linear(
     tiles: LinearTiles | None = None,
     fixed: bool = False,
     scratch: LinearScratch | None = None,
+    statistics: RowStatistics | None = None,
 ) -> torch.Tensor:
     """Queries, keys and values of R new tokens in one GEMM -> queries [R, D]; keys and values go straight into the cache.
 
@@ -108,7 +114,7 @@ def qkv_linear(
         )
     q = torch.empty((x.shape[0], d), dtype=cells.dtype, device=cells.device) if q_out is None else q_out
     _check_result(q, (x.shape[0], d), x, "q_out", cells.dtype)
-    _linear(x, weight, bias, False, QKV, q, Cache(cells, rows, positions), tiles, fixed, scratch)
+    _linear(x, weight, bias, False, QKV, q, Cache(cells, rows, positions), tiles, fixed, scratch, statistics)
     return q
 
 
@@ -157,9 +163,13 @@ def _linear(
     tiles: LinearTiles | None,
     fixed: bool,
     scratch: LinearScratch | None,
+    known: RowStatistics | None,
 ) -> None:
     """Check, choose tiles, launch: [row statistics,] GEMM with its epilogue, or library GEMM [, epilogue]."""
     (n, k), rows = weight.shape, x.shape[0]
+    leave = None  # where this launch leaves statistics of its result
+    if mode == RESIDUAL and known is not None:
+        known.valid = False
     if isinstance(x, QuantizedRows):
         check_int8_rows(x, weight, bias, result.dtype)
         if rows > 0:
@@ -179,15 +189,20 @@ def _linear(
     if tiles.specialized:
         check_specialized(x, weight, mode, tiles)
     statistics = None
-    if isinstance(weight, FoldedLinear) and not tiles.sums_rows:
-        statistics = buffer(scratch, "statistics", rows * 2, torch.float32, x.device).view(rows, 2)
-        launch_statistics(x, weight.eps, statistics)
+    if isinstance(weight, FoldedLinear):
+        if known is not None and known.valid and tiles.specialized and known.serves(rows, k):
+            statistics = known.chunks
+        elif not tiles.sums_rows:
+            statistics = buffer(scratch, "statistics", rows * 2, torch.float32, x.device).view(rows, 2)
+            launch_statistics(x, weight.eps, statistics)
     if tiles.specialized:
-        launch_specialized(x, weight, bias, statistics, relu, mode, result, cache, tiles)
+        if mode == RESIDUAL and known is not None and known.serves(rows, n):
+            known.valid, leave = True, known.chunks
+        launch_specialized(x, weight, bias, statistics, relu, mode, result, cache, tiles, leave=leave)
         return
     step = rows if tiles.split == 1 else SPLIT_ROWS
     for at in range(0, rows, step):
         part = slice(at, at + step)
         here = None if cache is None else Cache(cache.cells, cache.rows[part], cache.positions[part])
-        known = None if statistics is None else statistics[part]
-        launch_gemm(x[part], weight, bias, known, relu, mode, result[part], here, tiles, scratch)
+        here_statistics = None if statistics is None else statistics[part]
+        launch_gemm(x[part], weight, bias, here_statistics, relu, mode, result[part], here, tiles, scratch)

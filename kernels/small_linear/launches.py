@@ -24,6 +24,7 @@ from kernels.small_linear.tiles import LinearTiles
 Weight = torch.Tensor | Int8Linear | FoldedLinear
 OUT, RESIDUAL, QKV = 0, 1, 2  # MODE of the kernels
 _IN_LOOP, _GIVEN, _BY_DOTS = 1, 2, 3  # NORM of the kernel: where a row's mean and standard deviation come from
+_BY_CHUNKS = 3  # of the specialized one
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +192,10 @@ def launch_specialized(
     cache: Cache | None,
     tiles: LinearTiles,
     row_scales: torch.Tensor | None = None,
+    leave: torch.Tensor | None = None,
 ) -> None:
-    """As `launch_gemm`, by the kernel with a loading warp. row_scales: of int8 rows x, which have their norm behind them."""
+    """As `launch_gemm`, by the kernel with a loading warp. statistics [R, 2], or of chunks [R, 2, K / 64];
+    row_scales: of int8 rows x, which have their norm behind them; leave: where statistics of the result's chunks go."""
     from kernels.small_linear.specialized import specialized_linear_kernel
 
     (n, k), rows = weight.shape, x.shape[0]
@@ -202,8 +205,9 @@ def launch_specialized(
     bias = bias if folded is None else folded.bias
     folded = folded if row_scales is None else None
     scales = stored.scales if isinstance(stored, Int8Linear) else matrix
-    norm = 0 if folded is None else _IN_LOOP if statistics is None else _GIVEN
-    constants = specialized_constants(n, k, tiles, bias=bias is not None, norm=norm, relu=relu, mode=mode)
+    norm = 0 if folded is None else _IN_LOOP if statistics is None else _GIVEN if statistics.dim() == 2 else _BY_CHUNKS
+    what: dict[str, Any] = {"bias": bias is not None, "relu": relu, "mode": mode, "leave": leave is not None}
+    constants = specialized_constants(n, k, tiles, norm=norm, **what)
     specialized_linear_kernel[(-(-rows // tiles.br), n // tiles.bn)](
         block_descriptor(x, tiles.br, tiles.bk),
         block_descriptor(matrix, tiles.bn, tiles.bk),
@@ -212,6 +216,7 @@ def launch_specialized(
         scales if bias is None else bias,
         scales if folded is None else folded.column_sums,
         scales if statistics is None else statistics,
+        scales if leave is None else leave,
         scales,
         scales if row_scales is None else row_scales,
         result,

@@ -19,6 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.row_statistics import CHUNK as _CHUNK
+
+CHUNK = gl.constexpr(_CHUNK)
 PREFETCH_PTX = gl.constexpr(
     "{.reg .pred p; elect.sync _|p, 0xffffffff; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;}"
 )
@@ -78,6 +81,7 @@ def _consume(
     bias_ptr,
     column_sums_ptr,
     statistics_ptr,
+    chunks_ptr,
     scale_ptr,
     row_scale_ptr,
     out_ptr,
@@ -100,12 +104,14 @@ def _consume(
     NORM: gl.constexpr,
     RELU: gl.constexpr,
     MODE: gl.constexpr,
+    LEAVE: gl.constexpr,
     OVERLAP: gl.constexpr,
     WARPS: gl.constexpr,
 ):
     """Products, norm, bias, ReLU, target. NORM 0: none; 1: sums and squares of the rows less one of their values, from the
-    tiles in shared memory while the products run; 2: from statistics [R, 2]. int8 rows and weights: summed in int32, then
-    times the scales of row and feature."""
+    tiles in shared memory while the products run; 2: from statistics [R, 2]; 3: from those of chunks of 64 features [R, 2,
+    K / 64]. LEAVE: such statistics of what is stored go to chunks. int8 rows and weights: summed in int32, then times the
+    scales of row and feature."""
     INT8: gl.constexpr = xs.dtype == gl.int8
     SUM: gl.constexpr = gl.int32 if INT8 else gl.float32
     STEPS: gl.constexpr = K // BK
@@ -145,6 +151,14 @@ def _consume(
     elif NORM == 2:
         mean = gl.load(statistics_ptr + r * 2, mask=live, other=0.0)
         rstd = gl.load(statistics_ptr + r * 2 + 1, mask=live, other=0.0)
+    elif NORM == 3:
+        CHUNKS: gl.constexpr = K // CHUNK
+        C: gl.constexpr = gl.BlockedLayout([1, 4], [128 // CHUNKS, CHUNKS // 4], [WARPS, 1], [1, 0])
+        c_row = row0 + gl.arange(0, BR, gl.SliceLayout(1, C))
+        c_at = c_row[:, None] * (2 * CHUNKS) + gl.arange(0, CHUNKS, gl.SliceLayout(0, C))[None, :]
+        c_live = (c_row < R)[:, None] & (c_at >= 0)
+        means = gl.load(statistics_ptr + c_at, mask=c_live, other=0.0)
+        deviations = gl.load(statistics_ptr + c_at + CHUNKS, mask=c_live, other=0.0)
     if INT8:
         row_scale = gl.load(row_scale_ptr + r, mask=live, other=0.0)
     acc = warpgroup_mma_init(gl.zeros((WIDE, NARROW), SUM, ACC))
@@ -173,6 +187,12 @@ def _consume(
         variance = gl.sum(squares, 1) / K - left * left
         mean = gl.convert_layout(left + shift, gl.SliceLayout(1, OUT))
         rstd = gl.convert_layout(gl.rsqrt(gl.where(variance < 0.0, 0.0, variance) + eps), gl.SliceLayout(1, OUT))
+    elif NORM == 3:
+        whole = gl.sum(means, 1) / CHUNKS
+        apart = means - whole[:, None]
+        variance = (gl.sum(deviations, 1) + CHUNK * gl.sum(apart * apart, 1)) / K
+        mean = gl.convert_layout(whole, gl.SliceLayout(1, OUT))
+        rstd = gl.convert_layout(gl.rsqrt(variance + eps), gl.SliceLayout(1, OUT))
     if NORM > 0:
         y = (y - column_sums[None, :] * mean[:, None]) * rstd[:, None]
     if BIAS:
@@ -185,6 +205,18 @@ def _consume(
     if dtype == gl.float16:
         y = gl.where(y >= 65520.0, 64504.0, gl.where(y <= -65520.0, -64504.0, y))
     done = y.to(dtype)
+    if LEAVE:
+        HELD: gl.constexpr = BN // CHUNK
+        L: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [WARPS, 1], [1, 0])
+        stored = gl.reshape(done.to(gl.float32), (BR, HELD, CHUNK))
+        chunk_mean = gl.sum(stored, 2) / CHUNK
+        away = stored - gl.expand_dims(chunk_mean, 2)
+        c_row = row0 + gl.arange(0, BR, gl.SliceLayout(1, L))
+        chunk = n0 // CHUNK + gl.arange(0, HELD, gl.SliceLayout(0, L))
+        chunk_ptrs = chunks_ptr + c_row[:, None] * (2 * (N // CHUNK)) + chunk[None, :]
+        c_mask = (c_row < R)[:, None] & (chunk >= 0)[None, :]
+        gl.store(chunk_ptrs, gl.convert_layout(chunk_mean, L), mask=c_mask)
+        gl.store(chunk_ptrs + N // CHUNK, gl.convert_layout(gl.sum(away * away, 2), L), mask=c_mask)
     if MODE < 2:
         gl.store(out_ptr + r.to(gl.int64)[:, None] * N + n[None, :], done, mask=mask)
     else:  # a tile lies on one side of the end of the queries
@@ -206,6 +238,7 @@ def specialized_linear_kernel(
     bias_ptr,
     column_sums_ptr,
     statistics_ptr,
+    chunks_ptr,
     scale_ptr,
     row_scale_ptr,
     out_ptr,
@@ -226,6 +259,7 @@ def specialized_linear_kernel(
     NORM: gl.constexpr,
     RELU: gl.constexpr,
     MODE: gl.constexpr,
+    LEAVE: gl.constexpr,
     PREFETCH: gl.constexpr,
     OVERLAP: gl.constexpr,
     WARPS: gl.constexpr,
@@ -257,6 +291,7 @@ def specialized_linear_kernel(
                     bias_ptr,
                     column_sums_ptr,
                     statistics_ptr,
+                    chunks_ptr,
                     scale_ptr,
                     row_scale_ptr,
                     out_ptr,
@@ -279,6 +314,7 @@ def specialized_linear_kernel(
                     NORM,
                     RELU,
                     MODE,
+                    LEAVE,
                     OVERLAP,
                     WARPS,
                 ),

@@ -20,7 +20,8 @@ class LinearTiles:
     """One program computes bn output features of br rows, bk input features a step, over one of `split` parts of K.
 
     fuse_norm: with a folded layer norm every program sums up its rows itself, in the loop of the product; else a launch of
-    its own before finds their mean and standard deviation. prefetch: a program asks
+    its own before finds their mean and standard deviation. Neither happens where specialized tiles are given the rows'
+    statistics. prefetch: a program asks
     for its whole strip of weights in L2 at once; overlap: programs may start, and prefetch, while the kernel before them in
     the stream still runs (programmatic dependent launch); both need compute capability 9.0 and are ignored below. library:
     torch's GEMM before our epilogue kernel; nothing else holds then. br below 16: no tensor cores, the program holds its

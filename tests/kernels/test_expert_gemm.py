@@ -24,7 +24,7 @@ from kernels.expert_gemm import (
     unpack,
 )
 from kernels.expert_gemm.dequant import dequantize_ptx
-from kernels.expert_gemm.hopper.launcher import check_pipelined
+from kernels.expert_gemm.hopper.launcher import check_pipelined, pipelined_constants
 from kernels.expert_gemm.jobs import ffn_jobs
 from kernels.testing import random_experts, relative_error
 
@@ -93,7 +93,11 @@ def composition_is_invisible(device: torch.device, dtype: torch.dtype) -> bool:
     case = ExpertCase(23, 256, 512, 3, 2, PRECISIONS["w4a16"], FfnTiles(16, join=2))
     inputs = expert_inputs(case, device, dtype)
     whole = inputs.run(case.tiles)
-    for tiles in (FfnTiles(16, join=4, fused=True, programs_per_sm=1), FfnTiles(32, bn1=128, join=1)):
+    for tiles in (
+        FfnTiles(16, join=4, fused=True, programs_per_sm=1),
+        FfnTiles(32, bn1=128, join=1),
+        FfnTiles(32, join=2, narrow=16),  # narrow for the few, wide for all of them
+    ):
         from kernels.route import order_reference
 
         ids, gates = inputs.routing.expert_ids[-5:], inputs.routing.gate_weights[-5:]
@@ -291,16 +295,22 @@ from pathlib import Path
 from kernels.compile_ahead import compile_kernel
 from kernels.expert_gemm import FfnTiles
 from kernels.expert_gemm.jobs import ffn_jobs
-tiles = FfnTiles(64, 128, 64, stages=2, pipelined=True)
-ptx = compile_kernel(ffn_jobs(1024, 2048, 2, 4, 0, tiles)[0], 90).asm["ptx"]
-assert "1" in re.findall(r"wgmma.wait_group.sync.aligned (\d+)", ptx), "every dot is waited for"
-with tempfile.TemporaryDirectory() as folder:
-    file = Path(folder) / "kernel.ptx"
-    file.write_text(ptx)
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    command = [ptxas, "-v", "--gpu-name=sm_90a", file, "-o", Path(folder) / "kernel.cubin"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-assert "serialized" not in said and "spill" in said and " 0 bytes spill stores" in said, said
+for tiles in (
+    FfnTiles(64, 128, 128, stages=2, programs_per_sm=2, pipelined=True),
+    FfnTiles(32, 128, 64, stages=2, programs_per_sm=3, pipelined=True),
+    FfnTiles(32, 128, 128, stages=3, programs_per_sm=2, pipelined=True, x_stages=3),
+):
+    ptx = compile_kernel(ffn_jobs(1024, 2048, 2, 4, 0, tiles)[0], 90).asm["ptx"]
+    assert "1" in re.findall(r"wgmma.wait_group.sync.aligned (\d+)", ptx), "every dot is waited for"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+        command = [ptxas, "-v", "--gpu-name=sm_90a", file, "-o", Path(folder) / "kernel.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "serialized" not in said and "spill" in said and " 0 bytes spill stores" in said, said
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    assert registers * 128 * tiles.programs_per_sm <= 65536, registers  # all programs must be resident
 """
     root = Path(__file__).parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -340,6 +350,16 @@ def test_pipelined_launch_refuses_what_it_cannot_serve(change: dict[str, int], m
         check_pipelined(fc1, p["dtype"], p["num_pairs"], tiles)
 
 
+def test_registers_of_a_pipelined_launch_leave_room_for_its_programs() -> None:
+    def registers(**fields: int) -> int:
+        tiles = FfnTiles(32, 128, 128, stages=2, pipelined=True, **fields)
+        return pipelined_constants(512, 512, 2, 4, tiles)["maxnreg"]
+
+    assert [registers(programs_per_sm=p) for p in (1, 2, 3, 4)] == [255, 255, 168, 128]
+    assert registers(programs_per_sm=2, warps=8) == 128
+    assert registers(programs_per_sm=2, max_registers=200) == 200
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"bn1": 64, "warps": 8}, {"block_tokens": 16}, {"stages": 1}, {"x_stages": 0}, {"x_stages": 3}, {"bn2": 256}],
@@ -350,6 +370,18 @@ def test_pipelined_tiles_must_fit_the_warps(fields: dict[str, int]) -> None:
     FfnTiles(**good, pipelined=True)
     with pytest.raises(ValueError, match="pipelined"):
         FfnTiles(**good | fields, pipelined=True)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"block_tokens": 16, "narrow": 8}, {"block_tokens": 64, "narrow": 16}, {"narrow": 16, "fused": True}],
+    ids=str,
+)
+def test_narrow_is_half_of_a_tile_that_can_be_halved(fields: dict[str, int]) -> None:
+    good = {"block_tokens": 32, "narrow": 16}
+    FfnTiles(**good)
+    with pytest.raises(ValueError, match="narrow is"):
+        FfnTiles(**good | fields)
 
 
 def test_pipelined_tiles_are_refused_where_there_is_no_hopper_and_for_one_gemm(cpu: torch.device) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from kernels.expert_gemm.packing import PackedExperts
 from kernels.expert_gemm.tiles import FfnTiles
-from kernels.launch import check
+from kernels.launch import check, overlap
 from kernels.routing import Routing
 
 
@@ -31,9 +31,11 @@ def check_pipelined(fc1: PackedExperts, dtype: torch.dtype, num_pairs: int, tile
 
 
 def pipelined_constants(d_model: int, d_ff: int, top_k: int, bits: int, tiles: FfnTiles) -> dict[str, Any]:
-    """Compile-time arguments and launch options of `expert_ffn_pipelined_kernel`."""
-    options = {"maxnreg": tiles.max_registers} if tiles.max_registers else {}
-    return options | {
+    """Compile-time arguments and launch options of `expert_ffn_pipelined_kernel`. Its programs wait for each other, so where
+    the tiles leave the registers to the compiler, it gets no more of them than `programs_per_sm` programs have."""
+    share = 65536 // (32 * tiles.warps * tiles.programs_per_sm) // 8 * 8
+    return {
+        "maxnreg": tiles.max_registers or min(255, share),
         "D": d_model,
         "F": d_ff,
         "TOP_K": top_k,
@@ -44,6 +46,7 @@ def pipelined_constants(d_model: int, d_ff: int, top_k: int, bits: int, tiles: F
         "W_STEPS": tiles.stages,
         "X_STEPS": tiles.x_stages,
         "WARPS": tiles.warps,
+        "NARROW": tiles.narrow,
         "num_warps": tiles.warps,
         "launch_cooperative_grid": True,
     }
@@ -82,4 +85,5 @@ def launch_pipelined(
         out,
         routing.sync,
         **pipelined_constants(d_model, d_ff, routing.top_k, fc1.bits, tiles),
+        **overlap(x, cooperative=True),
     )
