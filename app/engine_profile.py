@@ -210,7 +210,7 @@ def _curve(sizes: Sequence[Floats], knots: Floats) -> Floats:
 def _birth(config: EngineConfig, timings: Sequence[Timing], note: str) -> Birth:
     commit = ""
     if shutil.which("git"):
-        asked = ["git", "rev-parse", "--short", "HEAD"]
+        asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
         commit = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
     num_steps, num_passes = sum(len(timing.rows) for timing in timings), sum(len(timing.passes) for timing in timings)
     method = f"measured: {num_passes} encoder passes, {num_steps} decode steps, {config.num_threads} threads"

@@ -17,7 +17,6 @@ from typing import Literal
 from engine.config import PRECISIONS, EngineConfig, ModelConfig, QuantScheme
 
 Stack = Literal["encoder", "decoder"]
-_ACTIVE_EXPERTS = 2
 _SCALE_BYTES = 2
 _FP32_BYTES = 4
 _VOCABULARY_ALIGNMENT = 64  # rows of the output projection
@@ -205,11 +204,11 @@ def _workspace_bytes(config: ModelConfig, engine_config: EngineConfig, item_byte
     A step holds the logits in float32 (each entry may be a live row or the start token of a new sentence), an encoder pass
     the outputs of its experts or the keys and values of all decoder layers.
     """
-    d = config.d_model
+    d, active = config.d_model, config.num_experts_per_tok
     entries, tokens = _entries(engine_config), engine_config.encode_token_budget
-    step = entries * (_logit_bytes(config) + item_bytes * (_ACTIVE_EXPERTS * (config.decoder_ffn_dim + d) + 4 * d))
+    step = entries * (_logit_bytes(config) + item_bytes * (active * (config.decoder_ffn_dim + d) + 4 * d))
     # 20,800 values a token measured on an H100 (d 1,024, feed-forward 4,096, pass of 8,192 tokens)
-    experts = _ACTIVE_EXPERTS * (config.encoder_ffn_dim + d) + 10 * d
+    experts = active * (config.encoder_ffn_dim + d) + 10 * d
     encoder = tokens * item_bytes * max(experts, 2 * d * config.decoder_layers + 2 * d)
     widest = max(3 * d, config.encoder_ffn_dim, config.decoder_ffn_dim)
     maps = item_bytes * widest * (tokens + entries)
@@ -267,4 +266,4 @@ def _feed_forward_flops(config: ModelConfig, stack: Stack) -> int:
     layers, sparse, f = _stacks(config)[stack == "decoder"]
     one = 4 * config.d_model * f
     router = 2 * config.d_model * config.num_experts
-    return (layers - sparse) * one + sparse * (_ACTIVE_EXPERTS * one + router)
+    return (layers - sparse) * one + sparse * (config.num_experts_per_tok * one + router)

@@ -32,7 +32,12 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Architecture of an NLLB-MoE checkpoint; field names are those of its config.json."""
+    """Architecture of an NLLB-MoE checkpoint; field names are those of its config.json.
+
+    num_experts_per_tok: 2, NLLB's gating (two experts, gates renormalised to sum 1), which also holds where config.json does
+    not name it; 1: Switch's, each token to its first expert, gate = softmax probability. The name is that of other sparse
+    models in transformers, whose NLLB-MoE knows two only.
+    """
 
     vocab_size: int
     d_model: int
@@ -45,6 +50,7 @@ class ModelConfig:
     encoder_sparse_step: int
     decoder_sparse_step: int
     num_experts: int
+    num_experts_per_tok: int = 2
     moe_token_dropout: float = 0.2
     router_bias: bool = False
     scale_embedding: bool = True
@@ -62,8 +68,12 @@ class ModelConfig:
         for heads in (self.encoder_attention_heads, self.decoder_attention_heads):
             if heads < 1 or self.d_model % heads:
                 raise ConfigError(f"d_model {self.d_model} is not divisible by {heads} attention heads")
+        if self.num_experts_per_tok not in (1, 2) or not isinstance(self.num_experts_per_tok, int):
+            raise ConfigError(
+                f"num_experts_per_tok is {self.num_experts_per_tok!r}; this engine computes only 1 (Switch) and 2 (NLLB)"
+            )
         if self.has_sparse_layers and self.num_experts < 2:
-            raise ConfigError(f"num_experts is {self.num_experts}; top-2 routing needs at least 2")
+            raise ConfigError(f"num_experts is {self.num_experts}; routing needs at least 2")
         if not 0.0 <= self.moe_token_dropout < 1.0:
             raise ConfigError(f"moe_token_dropout is {self.moe_token_dropout}; it must be in [0, 1)")
 

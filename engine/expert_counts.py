@@ -1,6 +1,6 @@
 """Which experts the decoder's rows go to, counted while a checkpoint translates: plain torch on any device, for measuring.
 
-Legend: L sparse decoder layers, E experts, k = 2 active experts.
+Legend: L sparse decoder layers, E experts, k = 1 or 2 active experts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def with_counting_decoder(transformer: Transformer) -> tuple[Transformer, dict[i
         moe = layer.feed_forward
         if isinstance(moe, MixtureOfExperts):
             counts[place] = torch.zeros(moe.fc1.num_experts, dtype=torch.int64, device=transformer.device)
-            moe = replace(moe, router=CountingRouter(moe.router.classifier, counts[place]))
+            moe = replace(moe, router=CountingRouter(moe.router.classifier, moe.router.top_k, counts[place]))
         layers.append(replace(layer, feed_forward=moe))
     return replace(transformer, decoder_layers=tuple(layers)), counts
 

@@ -12,6 +12,10 @@ tokens equal to transformers' (free-running: after one near tie the rest of a se
 A wrong engine gets no figures: in fp32 every token must be equal; in bf16, int8 and int4 transformers, reading our outputs,
 must give them our scores. A random model that routes to less than 90 % of the experts that uniform routing would reach is
 refused too, for a loop over experts looks fast there. The exit status is 1 when anything was refused.
+
+NLLB-MoE routes each token to two experts, the paper's model to one (Switch gating: the expert's output times its softmax
+probability). Two is the default, for that is what transformers runs; --experts-per-token 1 measures the paper's gating, with
+transformers' router replaced by one that keeps the first choice, and the grouped baseline likewise.
 """
 
 from __future__ import annotations
@@ -22,13 +26,14 @@ import time
 from pathlib import Path
 
 from app.devices import require_device
-from engine.bench.shapes import GRID, PEERS, QUICK_GRID, SHAPES, Variant, parse_cells
+from engine.bench.shapes import GRID, PEERS, QUICK_GRID, SHAPES, Variant, parse_cells, with_gating
 from engine.config import PRECISIONS, QuantScheme
 
 EXAMPLES = """  babelephant bench --shape tiny --device cpu --cells 1x1,2x2       does it work here? half a minute
   babelephant bench --shape paper --device cuda --out paper.json    the paper's model, the whole grid, all precisions
   babelephant bench --shape nllb54b --device cuda --cells 1x4,64x4 --precisions w4a16 --out 54b.json
   babelephant bench --shape paper --device cuda --quick --mix 512   two cells and the serving mix
+  babelephant bench --shape paper --device cuda --experts-per-token 1 --out top1.json      with the paper's own gating
   babelephant bench --checkpoint DIR --device cpu --precisions fp32,w4a16 --cells 1x1,8x4
   babelephant bench --shape nllb54b --device cuda --precisions w4a16 --write DIR    no measuring: the model as a checkpoint
 
@@ -43,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--shape", choices=tuple(SHAPES), default="tiny", help="random model of this shape (%(default)s)")
     model.add_argument("--checkpoint", type=Path, metavar="DIR", help="a trained model instead")
+    parser.add_argument(
+        "--experts-per-token",
+        type=int,
+        choices=(1, 2),
+        metavar="1|2",
+        help="gating of the random model: 2 NLLB's, 1 the paper's (default: 2; a checkpoint's config.json says its own)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument("--cells", metavar="LIST", help=f"default: {','.join(map(str, GRID))}")
     parser.add_argument("--peers", metavar="LIST", help=f"{','.join(PEERS)} or none (all); checks use transformers anyway")
@@ -85,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     options = BenchOptions(
         shape=args.shape,
         checkpoint=args.checkpoint,
+        experts_per_token=args.experts_per_token,
         device=require_device(args.device),
         cells=parse_cells(args.cells) if args.cells else quick_or_all,
         peers=_peers(args.peers),
@@ -127,7 +140,8 @@ def _write(args: argparse.Namespace) -> int:
         raise ValueError(f"--write --precisions {args.precisions}: choose fp16 or one quantized precision, such as w4a16")
     torch.set_num_threads(_at_least_1("--threads", args.threads))
     started = time.monotonic()
-    weights = RandomWeights(SHAPES[args.shape], torch.device(require_device(args.device)), args.seed)
+    config = with_gating(SHAPES[args.shape], args.experts_per_token)
+    weights = RandomWeights(config, torch.device(require_device(args.device)), args.seed)
     num_bytes = write_checkpoint(weights, args.write, scheme, progress=sys.stderr.isatty())
     print(f"{args.write}: {args.shape}, {num_bytes / 1e9:.2f} GB written in {time.monotonic() - started:.1f} s")
     return 0

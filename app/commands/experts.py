@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 from app.devices import require_device
 from app.precision import default_precision
 from app.settings import Environment
-from engine.config import PRECISIONS, EngineConfig
+from engine.config import PRECISIONS, EngineConfig, ModelConfig
 from engine.types import SearchOptions
 
 if TYPE_CHECKING:
     from app.cost.expert_usage import ExpertUsage
+    from app.cost.traces import Floats
 
 EXAMPLES = """  babelephant experts --out experts.json                        the 30 directions with English, a minute
   babelephant experts --pair en-de --pair en-ja --limit 40
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     what = f"{sum(map(len, texts.values()))} texts of {len(texts)} pairs, beam {args.beam_size}, {precision}"
     name = checkpoint.name if args.checkpoint else "demonstration model"
     counts = {"-".join(pair): rows.astype(float) for pair, _, rows in found}
-    usage = ExpertUsage(name, found[0][2].shape[1], found[0][1], counts, what)
+    experts_per_token = ModelConfig.from_checkpoint(checkpoint).num_experts_per_tok
+    usage = ExpertUsage(name, found[0][2].shape[1], found[0][1], counts, what, experts_per_token)
     print(_table(usage))
     if args.out:
         usage.save(args.out)
@@ -102,10 +104,13 @@ def _table(usage: ExpertUsage) -> str:
 
     from app.cost.expert_usage import experts_used
 
+    def used(shares: Floats) -> float:
+        return experts_used(shares, usage.experts_per_token)
+
     lines = [f"{'pair':<22} {'rows':>8}  experts used: that many of {usage.num_experts}, used evenly, are touched as often"]
     lines += [
-        f"{pair:<22} {int(counts[0].sum()) // 2:>8}  {experts_used(usage.shares(pair)):.1f}"
+        f"{pair:<22} {int(counts[0].sum()) // usage.experts_per_token:>8}  {used(usage.shares(pair)):.1f}"
         for pair, counts in usage.counts.items()
     ]
     together = np.mean([usage.shares(pair) for pair in usage.counts], axis=0)
-    return "\n".join([*lines, f"{'all, evenly mixed':<22} {'':>8}  {experts_used(together):.1f}"])
+    return "\n".join([*lines, f"{'all, evenly mixed':<22} {'':>8}  {used(together):.1f}"])

@@ -24,7 +24,7 @@ from itertools import product
 
 import numpy as np
 
-from app.cost.expert_usage import ACTIVE_EXPERTS, ExpertUsage, experts_used, narrowed
+from app.cost.expert_usage import EXPERTS_PER_TOKEN, ExpertUsage, experts_used, narrowed
 from app.cost.fleet import PlanError
 from app.cost.hardware import Offer
 from app.cost.partition import Members, best_partition, merged_partition
@@ -73,6 +73,7 @@ class Layout:
     rules: PlanRules
     correlation: float
     num_experts: int | None
+    experts_per_token: int
     is_exact: bool
 
 
@@ -93,6 +94,7 @@ class PoolCosts:
             raise PlanError("no GPU has both a price and a profile")
         self._profiles = profiles
         self.num_experts = None if usage is None else usage.num_experts
+        self.experts_per_token = EXPERTS_PER_TOKEN if usage is None else usage.experts_per_token
         self._mean = np.array([demand.mean_per_s for demand in self._pairs])
         self._above = np.array([demand.peak_per_s for demand in self._pairs]) - self._mean
         self._sentence = np.array([(d.source_chars, d.source_tokens, d.target_tokens) for d in self._pairs], np.float64)
@@ -147,18 +149,18 @@ class PoolCosts:
             return None
         chosen = list(members)
         weights = self._mean[chosen] * self._sentence[chosen, 2]
-        return experts_used(np.tensordot(weights / weights.sum(), self._shares[chosen], 1))
+        return experts_used(np.tensordot(weights / weights.sum(), self._shares[chosen], 1), self.experts_per_token)
 
     def _capacity(self, gpu: str, source: float, target: float, used: float | None) -> float:
         profile = self._profiles[gpu]
         if used is not None and self.num_experts is not None:
-            profile = narrowed(profile, used, self.num_experts)
+            profile = narrowed(profile, used, self.num_experts, self.experts_per_token)
         return profile.capacity_per_s(source, target, self._rules.slo_s)
 
     def _at_grid_point(self, gpu: str, *steps: int) -> float:
         source, target, *used = (_GRID_STEP**step for step in steps)
         most = self.num_experts or 0
-        return self._capacity(gpu, source, target, min(max(used[0], ACTIVE_EXPERTS), most) if used else None)
+        return self._capacity(gpu, source, target, min(max(used[0], self.experts_per_token), most) if used else None)
 
     def _interpolated(self, gpu: str, source: float, target: float, used: float | None) -> float:
         """Capacity by a straight line in all logarithms; the plan's own where a corner serves nothing in time."""
@@ -198,7 +200,7 @@ def make_layout(
     together = _named(costs, [frozenset(range(count))])
     found = _named(costs, (best_partition if is_exact else merged_partition)(count, costs))
     best = min((together, found, apart), key=usd_per_hour)  # of equals the simplest
-    return Layout(best, together, apart, rules, traffic.correlation, costs.num_experts, is_exact)
+    return Layout(best, together, apart, rules, traffic.correlation, costs.num_experts, costs.experts_per_token, is_exact)
 
 
 def usd_per_hour(pools: Sequence[Pool]) -> float:
@@ -256,5 +258,6 @@ def as_pools_file(layout: Layout) -> str:
         }
         if pool.experts_used is not None and layout.num_experts is not None:
             numbers |= {"experts_used": pool.experts_used, "num_experts": layout.num_experts}
+            numbers |= {"experts_per_token": layout.experts_per_token}
         lines.append(f"- {{name: {pool.name}, {', '.join(f'{name}: {value:.6g}' for name, value in numbers.items())}}}")
     return "\n".join(lines) + "\n"

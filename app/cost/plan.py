@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from app.cost.expert_usage import ACTIVE_EXPERTS, narrowed
+from app.cost.expert_usage import EXPERTS_PER_TOKEN, narrowed
 from app.cost.fleet import FleetPlan, FleetProblem, PlanError, solve_exact
 from app.cost.hardware import Offer, PriceCatalogue, usd_per_million_chars
 from app.cost.profile import Profile
@@ -30,7 +30,8 @@ class PoolDemand:
     per second.
 
     source_chars, source_tokens, target_tokens: per sentence. minimum replicas; arrival_cv2 burstiness (1 is Poisson).
-    experts_used of num_experts: where the use of experts was measured (app.cost.expert_usage), both or neither.
+    experts_used of num_experts: where the use of experts was measured (app.cost.expert_usage), both or neither;
+    experts_per_token of the model.
     """
 
     name: str
@@ -43,6 +44,7 @@ class PoolDemand:
     arrival_cv2: float = 1.0
     experts_used: float | None = None
     num_experts: int | None = None
+    experts_per_token: int = EXPERTS_PER_TOKEN
 
     def __post_init__(self) -> None:
         for field_name in _POOL_FIELDS[1:]:
@@ -52,14 +54,18 @@ class PoolDemand:
             raise PlanError(f"pool {self.name}: mean_per_s {self.mean_per_s} is above peak_per_s {self.peak_per_s}")
         if (self.experts_used is None) != (self.num_experts is None):
             raise PlanError(f"pool {self.name}: give experts_used and num_experts, or neither")
-        if self.experts_used is not None and not self.experts_used >= ACTIVE_EXPERTS:
-            raise PlanError(f"pool {self.name}: experts_used is {self.experts_used}; it must be at least {ACTIVE_EXPERTS}")
+        if self.experts_per_token not in (1, 2):
+            raise PlanError(f"pool {self.name}: experts_per_token is {self.experts_per_token}; choose 1 or 2")
+        if self.experts_used is not None and not self.experts_used >= self.experts_per_token:
+            raise PlanError(
+                f"pool {self.name}: experts_used is {self.experts_used}; it must be at least {self.experts_per_token}"
+            )
 
     def profile(self, profile: Profile) -> Profile:
         """A device's profile for the experts that this pool uses."""
         if self.experts_used is None or self.num_experts is None:
             return profile
-        return narrowed(profile, self.experts_used, self.num_experts)
+        return narrowed(profile, self.experts_used, self.num_experts, self.experts_per_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +132,7 @@ def read_pools(path: Path) -> list[PoolDemand]:
         except TypeError as error:
             raise PlanError(
                 f"{path}: pool {index + 1}: {error}; fields are {', '.join(_POOL_FIELDS)}, minimum, arrival_cv2, "
-                "experts_used, num_experts"
+                "experts_used, num_experts, experts_per_token"
             ) from error
     return pools
 

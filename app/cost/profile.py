@@ -46,7 +46,6 @@ Points = tuple[tuple[float, float], ...]
 _BANDWIDTH_SHARE, _FLOPS_SHARE = 0.6, 0.4
 _LAUNCH_S_PER_LAYER = 25e-6
 _LOAD_BYTES_PER_S, _PROCESS_START_S = 1.0e9, 25.0
-_ACTIVE_EXPERTS = 2
 _REWEIGHTINGS = 4
 
 
@@ -220,9 +219,11 @@ def _fit_weighted(design: Floats, seconds: Floats, scale: Floats) -> tuple[Float
     return coefficients / size, errors / size
 
 
-def distinct_experts(num_experts: int, tokens: Floats) -> Floats:
-    """Expected experts of one layer that `tokens` tokens touch, two each, routed evenly."""
-    return np.asarray(num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** (_ACTIVE_EXPERTS * np.asarray(tokens, np.float64))))
+def distinct_experts(num_experts: int, tokens: Floats, experts_per_token: int) -> Floats:
+    """Expected experts of one layer that `tokens` tokens touch, so many each, routed evenly."""
+    return np.asarray(
+        num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** (experts_per_token * np.asarray(tokens, np.float64)))
+    )
 
 
 def roofline_profile(
@@ -293,7 +294,8 @@ def _encoder_bytes(config: ModelConfig, precision: str) -> float:
 
 
 def _decode_step_s(config: ModelConfig, precision: str, rows: Floats, bandwidth: float, flops: float) -> Floats:
-    touched = distinct_experts(max(config.num_experts, 1), rows) / max(config.num_experts, 1)
+    experts = max(config.num_experts, 1)
+    touched = distinct_experts(experts, rows, config.num_experts_per_tok) / experts
     read = _dense_bytes(config)[1] + touched * _expert_bytes_of(config, precision)[1]
     computed = rows * decoder_flops_per_row(config, 32, 32)
     return np.asarray(np.maximum(read / bandwidth, computed / flops) + config.decoder_layers * _LAUNCH_S_PER_LAYER)

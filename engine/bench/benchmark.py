@@ -22,7 +22,7 @@ from engine.bench.peers import Peer, PeerError, transformers_version
 from engine.bench.random_model import RandomWeights, random_transformer
 from engine.bench.report import CellReport, EngineRow, Report
 from engine.bench.serving_mix import draw_mix, mix_config, run_mix
-from engine.bench.shapes import PAPER_RATIOS, SHAPES, SOURCE_TOKENS, TARGET_TOKENS, Cell, Variant
+from engine.bench.shapes import PAPER_RATIOS, SHAPES, SOURCE_TOKENS, TARGET_TOKENS, Cell, Variant, with_gating
 from engine.config import EngineConfig, ModelConfig
 from engine.model.transformer import Transformer
 from engine.step_clock import StepClock
@@ -56,21 +56,23 @@ class Benchmark:
         options = self.options
         torch.set_num_threads(options.num_threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        version = transformers_version()
+        config = options.model_config
+        version = transformers_version(config)
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
-        counts = count_parameters(self.config)
+        counts = count_parameters(config)
         num_parameters = counts.experts + counts.routers + counts.embedding + counts.dense
         model = {
             "name": options.shape if options.checkpoint is None else options.checkpoint.name,
             "parameters": num_parameters,
             "expert_parameters": counts.experts,
+            "experts_per_token": config.num_experts_per_tok,
             "source_tokens": SOURCE_TOKENS,
             "target_tokens": TARGET_TOKENS,
         }
         result = Report(reporting.birth_certificate(options.command, name, version), model, read_bandwidth(self.device))
         self.say(
             f"{model['name']}: {num_parameters / 1e6:,.1f} M parameters, {counts.experts / 1e6:,.1f} M in experts; "
-            f"{name}, reads {result.bytes_per_s / 1e12:.3f} TB/s; transformers {version}"
+            f"{name}, reads {result.bytes_per_s / 1e12:.3f} TB/s; {reporting.gating_line(result)}"
         )
         is_parity_itself = options.checkpoint is None and options.shape == "tiny" and Variant("fp32") in options.variants
         if not is_parity_itself:
@@ -89,12 +91,12 @@ class Benchmark:
     @property
     def config(self) -> ModelConfig:
         """Of the model under test."""
-        checkpoint = self.options.checkpoint
-        return SHAPES[self.options.shape] if checkpoint is None else ModelConfig.from_checkpoint(checkpoint)
+        return self.options.model_config
 
     def _check_parity(self, result: Report) -> None:
         """Token for token in fp32 on the tiny shape: search, cache and routing without any rounding to hide behind."""
-        weights = RandomWeights(SHAPES["tiny"], self.device, self.options.seed)
+        tiny = with_gating(SHAPES["tiny"], self.config.num_experts_per_tok)
+        weights = RandomWeights(tiny, self.device, self.options.seed)
         peer = Peer.random(weights, torch.float32, resident=True)
         config = self._engine_config(Variant("fp32"), _PARITY_CELLS)
         engine = OurEngine(make_runner(random_transformer(weights, config), config), config)

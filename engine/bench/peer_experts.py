@@ -1,6 +1,6 @@
 """The experts of a transformers model: one stack per layer, or drawn on use; a loop that is right, or grouped GEMMs.
 
-Legend: T tokens, D d_model, F feed-forward width, E experts, A = 2 T assignments.
+Legend: T tokens, D d_model, F feed-forward width, E experts, k = 1 or 2 active experts, A = k T assignments.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _EXPERT_TENSORS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 class ExpertCounts:
     """Distinct experts per router call, kept on the device until they are asked for."""
 
-    def __init__(self, num_experts: int) -> None:
-        self._num_experts = num_experts
+    def __init__(self, num_experts: int, top_k: int) -> None:
+        self._num_experts, self._top_k = num_experts, top_k
         self._hits: dict[str, list[tuple[int, Tensor]]] = {"encoder": [], "decoder": []}
 
     def hook(self, stack: Literal["encoder", "decoder"]) -> Callable[..., None]:
@@ -40,7 +40,7 @@ class ExpertCounts:
         hits = [int(hit) for tokens, hit in self._hits[stack] if tokens == num_tokens]
         if not hits:
             raise ValueError(f"no router call of the {stack} had {num_tokens} tokens")
-        uniform = self._num_experts * (1.0 - (1.0 - 2.0 / self._num_experts) ** num_tokens)
+        uniform = self._num_experts * (1.0 - (1.0 - self._top_k / self._num_experts) ** num_tokens)
         return sum(hits) / len(hits), uniform
 
 
@@ -121,7 +121,21 @@ def run_every_hit_expert(experts: Any) -> Callable[[Tensor, Tensor, Tensor], Ten
     return forward
 
 
-def grouped_layer(ffn: Any, returns_pair: bool, scale: float) -> Callable[..., Any]:
+def first_choice_only(router: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Switch's gating for a router of transformers, which knows NLLB's only: the first choice, gate = its probability."""
+
+    def route_tokens(
+        router_logits: Tensor, input_dtype: torch.dtype = torch.float32, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        del padding_mask  # the benchmark's batches hold no padding
+        probabilities = router_logits.softmax(dim=-1, dtype=torch.float32).to(input_dtype)
+        mask = functional.one_hot(probabilities.argmax(dim=-1), router.num_experts)
+        return mask, probabilities * mask
+
+    return route_tokens
+
+
+def grouped_layer(ffn: Any, returns_pair: bool, scale: float, top_k: int) -> Callable[..., Any]:
     """A sparse layer without a loop and without host synchronisation: sort on the device, two grouped GEMMs, one sum."""
     fc1, bias1, fc2, bias2 = (ffn.stacks[name] for name in _EXPERT_TENSORS)
     grouped_mm = getattr(functional, "grouped_mm", None) or torch._grouped_mm
@@ -134,18 +148,21 @@ def grouped_layer(ffn: Any, returns_pair: bool, scale: float) -> Callable[..., A
         x = hidden.reshape(-1, hidden.shape[-1])
         logits = functional.linear(x.float(), weight, bias)
         probabilities = logits.softmax(dim=-1).to(x.dtype)
-        first_gate, first = probabilities.max(dim=-1, keepdim=True)
-        second = logits.scatter(1, first, float("-inf")).argmax(dim=-1, keepdim=True)
-        gates = torch.cat([first_gate, probabilities.gather(1, second)], dim=1)
-        gates = gates / gates.sum(dim=1, keepdim=True) * scale
-        experts, order = torch.cat([first, second], dim=1).view(-1).sort(stable=True)
+        gates, first = probabilities.max(dim=-1, keepdim=True)
+        chosen = first
+        if top_k == 2:
+            second = logits.scatter(1, first, float("-inf")).argmax(dim=-1, keepdim=True)
+            gates = torch.cat([gates, probabilities.gather(1, second)], dim=1)
+            gates = gates / gates.sum(dim=1, keepdim=True)
+            chosen = torch.cat([first, second], dim=1)
+        experts, order = chosen.view(-1).sort(stable=True)
         ends = torch.searchsorted(experts, every_expert, right=True).to(torch.int32)
-        rows = x.index_select(0, order // 2)
+        rows = x.index_select(0, order // top_k)
         inner = (grouped_mm(rows, fc1.transpose(1, 2), offs=ends) + bias1.index_select(0, experts)).relu_()
         outer = grouped_mm(inner, fc2.transpose(1, 2), offs=ends) + bias2.index_select(0, experts)
-        outer *= gates.view(-1).index_select(0, order).unsqueeze(1)
+        outer *= (gates * scale).view(-1).index_select(0, order).unsqueeze(1)
         pairs = torch.empty_like(outer).index_copy_(0, order, outer)
-        output = pairs.view(-1, 2, x.shape[1]).sum(dim=1).view(hidden.shape)
+        output = (pairs if top_k == 1 else pairs.view(-1, 2, x.shape[1]).sum(dim=1)).view(hidden.shape)
         return (output, (probabilities, first)) if returns_pair else output
 
     return forward

@@ -1,7 +1,8 @@
 """The other implementations: transformers' generate(), and the same model with its experts in torch's grouped GEMM.
 Both peers are one transformers model: its expert matrices are views into one stack per layer, which the grouped peer reads.
 transformers 4.57.6 runs unchanged. 5.x reads its router mask as expert numbers and computes two experts only; there
-the loop over experts is replaced by `run_every_hit_expert` and the report says so.
+the loop over experts is replaced by `run_every_hit_expert` and the report says so. transformers knows NLLB's top-2 gating
+only: for a model of one expert a token its router is replaced by `first_choice_only`, and the report says that, too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from engine.bench.peer_experts import (
     ExpertCounts,
     ExpertDraw,
     draw_on_use,
+    first_choice_only,
     grouped_layer,
     run_every_hit_expert,
     stack_experts,
@@ -40,10 +42,11 @@ class PeerError(ValueError):
     """A peer cannot run here; the message says why and what to do."""
 
 
-def transformers_version() -> str:
-    """Version of the installed transformers, with what is done to it. Raises PeerError when there is none."""
+def transformers_version(config: ModelConfig) -> str:
+    """Version of the installed transformers, with what is done to it for this model. Raises PeerError when there is none."""
     version = str(_import_transformers().__version__)
-    return version if version.startswith("4.") else f"{version}, expert loop patched"
+    loop = "" if version.startswith("4.") else ", expert loop patched"
+    return version + loop + (", router patched to top-1" if config.num_experts_per_tok == 1 else "")
 
 
 @dataclass(slots=True)
@@ -148,7 +151,7 @@ class Peer:
     @contextmanager
     def recording_experts(self) -> Iterator[ExpertCounts]:
         """Count the distinct experts of every router call inside the block; works with the transformers peer."""
-        counts = ExpertCounts(self.config.num_experts)
+        counts = ExpertCounts(self.config.num_experts, self.config.num_experts_per_tok)
         hooks = []
         for name, ffn in self._sparse_layers():
             stack: Literal["encoder", "decoder"] = "encoder" if ".encoder." in name else "decoder"
@@ -190,6 +193,9 @@ class Peer:
                 draw_on_use(ffn, draw)
 
     def _patch(self) -> None:
+        if self.config.num_experts_per_tok == 1:
+            for _, ffn in self._sparse_layers():
+                ffn.router.route_tokens = first_choice_only(ffn.router)
         if not str(_import_transformers().__version__).startswith("4."):
             for _, ffn in self._sparse_layers():
                 ffn.experts.forward = run_every_hit_expert(ffn.experts)
@@ -199,7 +205,7 @@ class Peer:
         layers = [ffn for _, ffn in self._sparse_layers()]
         returns_pair = str(_import_transformers().__version__).startswith("4.")
         for ffn in layers:
-            ffn.forward = grouped_layer(ffn, returns_pair, self.config.expert_output_scale)
+            ffn.forward = grouped_layer(ffn, returns_pair, self.config.expert_output_scale, self.config.num_experts_per_tok)
         try:
             yield
         finally:

@@ -42,7 +42,8 @@ _SUCCESSOR_LOGIT = 8.0  # of a likely next token; the others have standard devia
 # (gates and ReLU take three quarters away again), so that a wrong one shows; louder still, and the rounding of bf16 would
 # change tokens as often as they do.
 _GAINS = (("router", 1.5), ("q_proj", 1.5), ("k_proj", 1.5), ("v_proj", 1.0), ("out_proj", 0.5), ("fc1", 1.0), ("fc2", 0.5))
-_EXPERT_FC2_GAIN = 4.0
+# By experts a token. One expert's gate is its probability, about 0.2 of 32 experts, while two gates sum to 1.
+_EXPERT_FC2_GAINS = {1: 8.0, 2: 4.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class RandomWeights:
         elif "layer_norm" in name:
             drawn = noise.mul_(0.05).add_(1.0)
         else:
-            drawn = _int8_exact(noise.mul_(_gain(name) / math.sqrt(shape[1])))
+            drawn = _int8_exact(noise.mul_(self._gain(name) / math.sqrt(shape[1])))
             if ".fc2." in name:
                 _balance(drawn)
         return drawn.to(torch.bfloat16).float()
@@ -92,7 +93,7 @@ class RandomWeights:
         """[N, K] of one expert."""
         generator = self._generator(name)
         codes = torch.randint(-_MAX_CODE, _MAX_CODE + 1, shape, generator=generator, device=self.device, dtype=torch.int8)
-        exponent = round(math.log2(_gain(name) / (math.sqrt(shape[1]) * _CODE_STD)))
+        exponent = round(math.log2(self._gain(name) / (math.sqrt(shape[1]) * _CODE_STD)))
         spread = torch.randint(-1, 1, (shape[0], 1), generator=generator, device=self.device)
         if ".fc2." in name:
             _balance(codes)
@@ -112,6 +113,11 @@ class RandomWeights:
             successors = torch.randperm(len(ordinary), generator=generator, device=self.device)
             head.index_add_(0, successors + NUM_SPECIAL_TOKENS, ordinary)
         return _int8_exact(head.mul_(num_successors**-0.5)).to(embedding.dtype)
+
+    def _gain(self, name: str) -> float:
+        if ".experts." in name and ".fc2." in name:
+            return _EXPERT_FC2_GAINS[self.config.num_experts_per_tok]
+        return next(gain for part, gain in _GAINS if part in name)
 
     def _generator(self, name: str) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
@@ -149,12 +155,6 @@ def _fill_expert(place: ExpertPlace, matrix: ExpertMatrix, dtype: torch.dtype) -
         place.stack.set_weight(place.expert, matrix.dense(dtype))
     else:
         place.stack.set_quantized(place.expert, matrix.quantized(scheme))
-
-
-def _gain(name: str) -> float:
-    if ".experts." in name and ".fc2." in name:
-        return _EXPERT_FC2_GAIN
-    return next(gain for part, gain in _GAINS if part in name)
 
 
 def _int8_exact(matrix: Tensor) -> Tensor:

@@ -146,11 +146,18 @@ def birth_certificate(command: str, gpu: str, transformers_version: str) -> dict
     }
 
 
+def gating_line(report: Report) -> str:
+    """How the model routes, and which transformers it is compared with, in words."""
+    gating = "top-1 gating (Switch's and the paper's)" if report.model["experts_per_token"] == 1 else "top-2 gating (NLLB's)"
+    return f"{gating}; transformers {report.certificate['transformers']}"
+
+
 def table(report: Report) -> str:
     """All cells as text."""
     lines = [
+        gating_line(report),
         f"{'cell':>7} {'engine':<13} {'tokens/s':>9} {'ms/step':>8} {'encode ms':>9} {'x transf.':>9} {'x grouped':>9} "
-        f"{'paper':>6} {'floor':>6} {'GiB':>6} {'kernels':>7} {'idle us':>7} {'agree':>6}"
+        f"{'paper':>6} {'floor':>6} {'GiB':>6} {'kernels':>7} {'idle us':>7} {'agree':>6}",
     ]
     for cell in report.cells.values():
         lines += [_table_row(cell, row) for row in cell.rows.values()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.config import PRECISIONS, ModelConfig
 
@@ -27,7 +27,8 @@ SHAPES: Mapping[str, ModelConfig] = {
         decoder_sparse_step=2,
         num_experts=8,
     ),
-    # Every other layer sparse gives 5.319 B, the paper's 5.32 B. Its model routes to one expert, NLLB's to two: we run two.
+    # Every other layer sparse gives 5.319 B, the paper's 5.32 B. Its model routes a token to one expert; the shapes here to
+    # NLLB's two, which is what transformers runs, unless another gating is asked for.
     "paper": ModelConfig(
         vocab_size=128_000,
         d_model=1024,
@@ -55,6 +56,11 @@ SHAPES: Mapping[str, ModelConfig] = {
         num_experts=128,
     ),
 }
+
+
+def with_gating(config: ModelConfig, experts_per_token: int | None) -> ModelConfig:
+    """The same model routing each token to so many experts; None leaves it as it is."""
+    return config if experts_per_token is None else replace(config, num_experts_per_tok=experts_per_token)
 
 
 @dataclass(frozen=True, slots=True, order=True)

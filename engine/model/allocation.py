@@ -96,8 +96,9 @@ class _Allocator:
         if not self.config.is_sparse(stack, layer):
             return DenseFeedForward(self._linear(width, d_model), self._linear(d_model, width))
         router_bias = self._empty(experts, dtype=torch.float32) if self.config.router_bias else None
+        classifier = Linear(self._empty(experts, d_model, dtype=torch.float32), router_bias)
         return MixtureOfExperts(
-            router=Router(Linear(self._empty(experts, d_model, dtype=torch.float32), router_bias)),
+            router=Router(classifier, self.config.num_experts_per_tok),
             fc1=self._experts(width, d_model, stack),
             fc1_bias=self._empty(experts, width),
             fc2=self._experts(d_model, width, stack),

@@ -75,7 +75,7 @@ class KernelDecoder:
         shapes = {linear_shape(linear) for layer in self._layers for linear in (layer.qkv, layer.self_out, layer.query)}
         for layer in self._layers:
             shapes |= {linear_shape(layer.cross_out)} | feed_forward_shapes(layer.feed_forward)
-        self._kernels = KernelLayers(shapes, max_entries, transformer.embedding, options)
+        self._kernels = KernelLayers(shapes, max_entries, transformer.embedding, options, keep_statistics=True)
         self._head: Tensor | Int8Linear = transformer.output_projection.weight
         if options.int8_dense:
             self._head = quantize_int8(self._head)
@@ -92,6 +92,7 @@ class KernelDecoder:
             self._model.positions,
             scale=math.sqrt(config.d_model) if config.scale_embedding else 1.0,
             pad_token_id=config.pad_token_id,
+            statistics=self._kernels.statistics,
         )
         pending: Pending | None = None
         for index, layer in enumerate(self._layers):
@@ -139,6 +140,7 @@ class KernelDecoder:
             inputs.positions,
             fixed=self._options.fixed_order,
             scratch=self._kernels.scratch,
+            statistics=self._kernels.statistics,
         )
         context = decode_self_attention(
             query,

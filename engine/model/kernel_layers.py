@@ -1,6 +1,6 @@
 """Building blocks of the kernel path: weights as the kernels want them, and the feed-forward layers over them.
 
-Legend: R rows (tokens or live hypotheses), D d_model, F feed-forward width, E experts, k = 2 active experts.
+Legend: R rows (tokens or live hypotheses), D d_model, F feed-forward width, E experts, k = 1 or 2 active experts.
 Everything here can be captured in a CUDA graph: no host synchronisation, shapes alone choose what is launched.
 """
 
@@ -19,6 +19,7 @@ from kernels.expert_gemm import PackedExperts, expert_ffn, select_tiles
 from kernels.quantized_rows import QuantizedRows
 from kernels.route import route, semaphores
 from kernels.routing import empty_routing
+from kernels.row_statistics import RowStatistics
 from kernels.small_linear import (
     FoldedLinear,
     Int8Linear,
@@ -28,7 +29,6 @@ from kernels.small_linear import (
     small_linear,
 )
 
-TOP_K = 2
 # Rows from which int8 maps take their rows in int8, too (the output projection always does).
 # Chains of decoder layers (H100, us a layer, 16 bits and int8 rows): 35.6 and 34.5 at 64 rows, 57.9 and 53.9 at 320.
 INT8_ROWS_FROM = 64
@@ -63,7 +63,8 @@ class KernelOptions:
 
 @dataclass(frozen=True, slots=True)
 class KernelExperts:
-    """One sparse layer: router float32 [E, D], both expert matrices packed, their biases, and the factor on all gates.
+    """One sparse layer: router float32 [E, D] of top_k experts, both expert matrices packed, their biases, and the factor on
+    all gates.
 
     tokens_per_expert int32[E]: where the router leaves its counts. It counts anyway, to order the pairs; a place that
     outlives the step costs the step nothing.
@@ -71,6 +72,7 @@ class KernelExperts:
 
     router_weight: Tensor
     router_bias: Tensor | None
+    top_k: int
     fc1: PackedExperts
     fc1_bias: Tensor
     fc2: PackedExperts
@@ -88,9 +90,21 @@ class KernelDense:
 
 
 class KernelLayers:
-    """The launches that encoder and decoder share, with the scratch memory they need. One per stream."""
+    """The launches that encoder and decoder share, with the scratch memory they need. One per stream.
 
-    def __init__(self, shapes: set[tuple[int, int, bool]], max_rows: int, like: Tensor, options: KernelOptions) -> None:
+    statistics: of the residual stream, where norms are folded into maps (`keep_statistics`; never in the fixed-order mode):
+    whatever writes the stream leaves them, or clears them.
+    """
+
+    def __init__(
+        self,
+        shapes: set[tuple[int, int, bool]],
+        max_rows: int,
+        like: Tensor,
+        options: KernelOptions,
+        *,
+        keep_statistics: bool = False,
+    ) -> None:
         self._options = options
         self._max_rows = max_rows
         self._dtype = like.dtype
@@ -98,17 +112,21 @@ class KernelLayers:
             sorted(shapes), max_rows, like.dtype, like.device, fixed=options.fixed_order
         )
         self._semaphores = semaphores(max_rows, like.device)
+        self.statistics: RowStatistics | None = None
+        if keep_statistics and not options.fixed_order:
+            self.statistics = RowStatistics.allocate(max_rows, like.shape[1], like.device)
 
     def settle(self, x: Tensor, pending: Pending | None, norm: LayerNorm, linear: KernelLinear) -> Tensor | QuantizedRows:
         """What the linear map behind a norm reads: norm(x), or where the norm is folded into the map x itself, standardised
         if in int8. Expert outputs pending are added to x in place before."""
-        if is_int8(linear) and self.takes_int8(x.shape[0]):
-            return normed_int8(x, pending, norm, folded=is_folded(linear))
-        if not is_folded(linear):
-            return normed(x, pending, norm)
-        if pending is not None:
-            add_slots(x, pending.outputs, expert_ids=pending.expert_ids)
-        return x
+        to_int8 = is_int8(linear) and self.takes_int8(x.shape[0])
+        if is_folded(linear) and not to_int8:
+            if pending is not None:
+                add_slots(x, pending.outputs, expert_ids=pending.expert_ids, statistics=self.statistics)
+            return x
+        if pending is not None and self.statistics is not None:
+            self.statistics.valid = False
+        return normed_int8(x, pending, norm, folded=is_folded(linear)) if to_int8 else normed(x, pending, norm)
 
     def takes_int8(self, rows: int) -> bool:
         """Whether int8 maps behind norms (but for the output projection) take that many rows in int8."""
@@ -122,7 +140,7 @@ class KernelLayers:
         relu: bool = False,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """x [R, K] -> relu(x W^T + b) [R, N], or that added in place to the residual; a folded norm is taken first."""
+        """x [R, K] -> relu(x W^T + b) [R, N], or that added in place to the residual stream; a folded norm comes first."""
         return small_linear(
             x,
             linear.weight,
@@ -132,6 +150,7 @@ class KernelLayers:
             fixed=self._options.fixed_order,
             scratch=self.scratch,
             dtype=self._dtype,
+            statistics=self.statistics,
         )
 
     def feed_forward(
@@ -142,14 +161,14 @@ class KernelLayers:
             hidden = self.linear(self.settle(x, None, norm, layer.fc1), layer.fc1, relu=True)
             self.linear(hidden, layer.fc2, residual=x)
             return None
-        tiles = select_tiles(self._tile_pairs(x.shape[0]), layer.fc1)
+        tiles = select_tiles(layer.top_k * self._tile_rows(x.shape[0]), layer.fc1)
         rows = normed(x, None, norm)
         num_experts, d_model = layer.router_weight.shape
-        buffers = empty_routing(len(rows), TOP_K, num_experts, d_model, tiles.block_tokens, rows.device)
+        buffers = empty_routing(len(rows), layer.top_k, num_experts, d_model, tiles.block_tokens, rows.device)
         routing = route(
             rows,
             layer.router_weight,
-            top_k=TOP_K,
+            top_k=layer.top_k,
             block_tokens=tiles.block_tokens,
             semaphores=self._semaphores,
             router_bias=layer.router_bias,
@@ -161,9 +180,9 @@ class KernelLayers:
         outputs = expert_ffn(rows, layer.fc1, layer.fc1_bias, layer.fc2, layer.fc2_bias, routing, tiles=tiles)
         return Pending(outputs, routing.expert_ids)
 
-    def _tile_pairs(self, rows: int) -> int:
-        """Pairs that choose the tiles: always the most there can be where the order of sums must not depend on the batch."""
-        return TOP_K * (self._max_rows if self._options.fixed_order else rows)
+    def _tile_rows(self, rows: int) -> int:
+        """Rows that choose the tiles: always the most there can be where the order of sums must not depend on the batch."""
+        return self._max_rows if self._options.fixed_order else rows
 
 
 def normed(x: Tensor, pending: Pending | None, norm: LayerNorm) -> Tensor:
@@ -215,6 +234,7 @@ def kernel_feed_forward(
     return KernelExperts(
         router_weight=layer.router.classifier.weight,
         router_bias=layer.router.classifier.bias,
+        top_k=layer.router.top_k,
         fc1=packed_experts(layer.fc1, device),
         fc1_bias=layer.fc1_bias,
         fc2=packed_experts(layer.fc2, device),

@@ -1,7 +1,7 @@
-"""Sparse feed-forward layer of NLLB-MoE: top-2 router and expert matrices, no capacity limit.
+"""Sparse feed-forward layer: NLLB-MoE's top-2 or Switch's top-1 router and expert matrices, no capacity limit.
 
-Legend: T tokens, D d_model, F expert width, E experts, k = 2 active experts, A = T * k assignments.
-With moe_eval_capacity_token_fraction 1.0 no token is ever dropped, so each token simply goes to its two experts.
+Legend: T tokens, D d_model, F expert width, E experts, k = 1 or 2 active experts, A = T * k assignments.
+With moe_eval_capacity_token_fraction 1.0 no token is ever dropped, so each token simply goes to its k experts.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ _ROW_MULTIPLE = 32  # int32: 128 bytes
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """classifier: float32 weight [E, D], bias [E] or None. Computes in fp32 whatever the model's dtype."""
+    """classifier: float32 weight [E, D], bias [E] or None. Computes in fp32 whatever the model's dtype. top_k: 1 or 2."""
 
     classifier: Linear
+    top_k: int
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> expert_ids int64[T, 2], gate_weights [T, 2] in the dtype of x, summing to 1.
+        """x [T, D] -> expert_ids int64[T, k], gate_weights [T, k] in the dtype of x: two sum to 1, one is the probability.
 
         The first expert is the argmax of the probabilities *after* their cast to the activation dtype, the second the
         argmax of the fp32 logits without the first: in half precision the two can rank experts differently.
@@ -32,6 +33,8 @@ class Router:
         logits = self.classifier(x.float())
         probabilities = torch.softmax(logits, dim=-1).to(x.dtype)
         first_gate, first = probabilities.max(dim=-1, keepdim=True)
+        if self.top_k == 1:
+            return first, first_gate
         second = logits.scatter(1, first, float("-inf")).argmax(dim=-1, keepdim=True)
         gates = torch.cat([first_gate, probabilities.gather(1, second)], dim=1)
         total = gates.sum(dim=1, keepdim=True).clamp_(min=torch.finfo(x.dtype).eps)
@@ -40,7 +43,7 @@ class Router:
 
 @dataclass(frozen=True, slots=True)
 class MixtureOfExperts:
-    """out = sum over the token's two experts of output_scale * gate * fc2_e(relu(fc1_e(x))).
+    """out = sum over the token's k experts of output_scale * gate * fc2_e(relu(fc1_e(x))).
 
     fc1 [E, F, D], fc2 [E, D, F], fc1_bias [E, F], fc2_bias [E, D]; output_scale = 1 - moe_token_dropout.
     tokens_per_expert int32[E]: every call leaves there how many tokens it gave to each expert.
@@ -66,7 +69,7 @@ class MixtureOfExperts:
         counts = torch.bincount(flat_ids, minlength=self.fc1.num_experts)
         self.tokens_per_expert.copy_(counts)
         groups = ExpertGroups.from_counts(counts)
-        hidden = self.fc1.grouped_linear(x.index_select(0, order // 2), self.fc1_bias, groups).relu_()
+        hidden = self.fc1.grouped_linear(x.index_select(0, order // self.router.top_k), self.fc1_bias, groups).relu_()
         outputs = self.fc2.grouped_linear(hidden, self.fc2_bias, groups).mul_(self.output_scale)
         return _combine(outputs, gates, order)
 
@@ -93,14 +96,16 @@ class StackLoad:
 
 
 def _combine(outputs: Tensor, gates: Tensor, order: Tensor) -> Tensor:
-    """outputs [A, D] sorted by expert, gates [T, 2], order int64[A] -> [T, D].
+    """outputs [A, D] sorted by expert, gates [T, k], order int64[A] -> [T, D].
 
-    A sum of two terms does not depend on their order, so results do not depend on how other tokens were routed.
+    A sum of one or two terms does not depend on their order, so results do not depend on how other tokens were routed.
     """
     weighted = outputs.mul_(gates.view(-1).index_select(0, order).unsqueeze(1))
     if weighted.dtype == torch.float16:  # an expert with gate 0 counts as not called, also where its output overflowed
         weighted = torch.where((gates.view(-1)[order] == 0).unsqueeze(1), 0.0, weighted)
     position = torch.empty_like(order)
     position[order] = torch.arange(order.shape[0], device=order.device)
-    pairs = weighted.index_select(0, position).view(-1, 2, weighted.shape[1])
-    return pairs[:, 0] + pairs[:, 1]
+    pairs = weighted.index_select(0, position)
+    if gates.shape[1] == 1:
+        return pairs
+    return pairs[0::2] + pairs[1::2]

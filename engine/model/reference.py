@@ -111,12 +111,16 @@ def _two_layers(weights: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def _routed(weights: Weights, config: ModelConfig, name: str, token: Tensor) -> Tensor:
-    """One token [D] through its two most probable experts, gates renormalised, outputs times 1 - moe_token_dropout."""
+    """One token [D] through its two most probable experts, gates renormalised, or the most probable one, gate = probability;
+    outputs times 1 - moe_token_dropout."""
     router_logits = weights[f"{name}.router.classifier.weight"] @ token
     if config.router_bias:
         router_logits = router_logits + weights[f"{name}.router.classifier.bias"]
     probabilities = torch.softmax(router_logits, dim=-1)
     first = int(probabilities.argmax())
+    if config.num_experts_per_tok == 1:
+        gate = float(probabilities[first])
+        return config.expert_output_scale * gate * _two_layers(weights, f"{name}.experts.expert_{first}", token)
     others = router_logits.clone()
     others[first] = -torch.inf
     second = int(others.argmax())

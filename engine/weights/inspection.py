@@ -19,7 +19,7 @@ from engine.weights.validation import check_specs
 class InspectionReport:
     """Sizes in bytes. Errors are ||w - w'|| / ||w|| over the expert matrices, None for an unquantized precision.
 
-    worst_matrix: name of the matrix with the largest error.
+    worst_matrix: name of the matrix with the largest error. experts_per_token: of num_experts in each sparse layer.
     """
 
     precision: str
@@ -33,6 +33,8 @@ class InspectionReport:
     max_error: float | None
     worst_matrix: str | None
     memory: MemoryPlan
+    experts_per_token: int
+    num_experts: int
 
     @property
     def expert_ratio(self) -> float:
@@ -50,6 +52,7 @@ class InspectionReport:
             f"precision        {self.precision}",
             f"parameters       {counts.total:,} (expert matrices {counts.expert_matrices:,}, expert biases "
             f"{counts.expert_biases:,}, routers {counts.routers:,}, embedding {counts.embedding:,}, dense {counts.dense:,})",
+            f"routing          each token to {self.experts_per_token} of {self.num_experts} experts",
             f"expert matrices  {self.num_expert_matrices}: {_mb(self.expert_fp32_bytes)} in fp32, "
             f"{_mb(self.expert_bytes)} in {self.precision}, {self.expert_ratio:.2f} times smaller",
             f"whole model      {_mb(self.model_fp32_bytes)} in fp32, {_mb(self.model_bytes)} in {self.precision}, "
@@ -85,6 +88,8 @@ def inspect_checkpoint(checkpoint: Path, precision: str, engine_config: EngineCo
         max_error=max(errors.values(), default=None),
         worst_matrix=worst,
         memory=plan_memory(config, engine_config),
+        experts_per_token=config.num_experts_per_tok,
+        num_experts=config.num_experts,
     )
 
 

@@ -29,15 +29,17 @@ def available_bytes(device: torch.device) -> int | None:
 def check_memory(config: ModelConfig, engine_config: EngineConfig, available: int | None) -> None:
     """Raise InsufficientMemoryError when what is planned exceeds `available` bytes (None: unknown, passes)."""
     plan = plan_memory(config, engine_config)
-    needed = plan.total_bytes + plan.driver_bytes
+    held_back = plan.driver_bytes + plan.ngram_bytes  # so that a request with an n-gram rule finds its memory, too
+    needed = plan.total_bytes + held_back
     if available is None or needed <= available:
         return
-    fits = fitting_precisions(config, available - plan.kv_cache_bytes - plan.workspace_bytes - plan.driver_bytes)
+    fits = fitting_precisions(config, available - plan.kv_cache_bytes - plan.workspace_bytes - held_back)
     advice = f"precisions that would fit: {', '.join(fits)}" if fits else "no precision would fit"
     raise InsufficientMemoryError(
         f"{engine_config.precision} needs {_gb(needed)} on {engine_config.device} "
         f"(experts {_gb(plan.experts_bytes)}, rest {_gb(plan.rest_bytes)}, CPU layouts {_gb(plan.layout_copies_bytes)}, "
-        f"KV cache {_gb(plan.kv_cache_bytes)}, workspace {_gb(plan.workspace_bytes)}, driver {_gb(plan.driver_bytes)}), "
+        f"KV cache {_gb(plan.kv_cache_bytes)}, workspace {_gb(plan.workspace_bytes)}, driver {_gb(plan.driver_bytes)}, "
+        f"n-gram rules {_gb(plan.ngram_bytes)}), "
         f"but {_gb(available)} are available; {advice} (lower max_rows or max_source_slots for a smaller cache)"
     )
 

@@ -54,6 +54,28 @@ def test_a_trained_checkpoint_and_a_quantized_precision(tmp_path: Path) -> None:
     assert all(check["token_agreement"] == 1.0 for name in ("tiny fp32", "fp32") for check in report["checks"][name])
 
 
+def test_one_expert_a_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The paper's gating: exact beside both patched peers, said in the report and in the table; a checkpoint has its own."""
+    out = tmp_path / "bench.json"
+    arguments = ["--experts-per-token", "1", "--cells", "3x2", "--repeats", "1"]
+    assert main([*TINY, *arguments, "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report["model"]["experts_per_token"] == 1
+    assert report["certificate"]["transformers"] == "4.57.6, router patched to top-1"
+    assert {check["token_agreement"] for check in report["checks"]["fp32"]} == {1.0}
+    cell = report["cells"]["3x2"]
+    assert {name: row["token_agreement"] for name, row in cell["rows"].items()} == dict.fromkeys(
+        ("transformers", "grouped", "fp32"), 1.0
+    )
+    assert cell["decoder_experts_uniform"] == pytest.approx(8 * (1 - 0.875**6))
+    table = capsys.readouterr().out.split("\n\n")[-1]
+    assert table.startswith("top-1 gating (Switch's and the paper's); transformers 4.57.6, router patched to top-1")
+    assert main([*TINY, "--experts-per-token", "1", "--write", str(tmp_path / "switch")]) == 0
+    assert load_transformer(tmp_path / "switch", EngineConfig(precision="fp32")).config.num_experts_per_tok == 1
+    assert main(["bench", "--checkpoint", str(tmp_path / "switch"), "--experts-per-token", "2"]) == 2
+    assert "has num_experts_per_tok 1 in its config.json, not 2" in capsys.readouterr().err
+
+
 def test_a_wrong_engine_gets_no_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -129,11 +129,12 @@ def test_flops_against_a_counter_on_a_dense_model() -> None:
     assert counter.get_total_flops() == expected
 
 
-def test_a_sparse_layer_costs_two_experts_and_a_router() -> None:
-    dense = ModelConfig.from_dict({**make_tiny_model(seed=0).config.to_dict(), "decoder_sparse_step": 0})
-    sparse = ModelConfig.from_dict({**make_tiny_model(seed=0).config.to_dict(), "decoder_sparse_step": 2})
+@pytest.mark.parametrize("experts_per_token", [1, 2])
+def test_a_sparse_layer_costs_its_experts_and_a_router(experts_per_token: int) -> None:
+    raw = {**make_tiny_model(seed=0).config.to_dict(), "num_experts_per_tok": experts_per_token}
+    dense, sparse = (ModelConfig.from_dict({**raw, "decoder_sparse_step": step}) for step in (0, 2))
     difference = decoder_flops_per_row(sparse, 5, 5) - decoder_flops_per_row(dense, 5, 5)
-    assert difference == 4 * 32 * 64 + 2 * 32 * 4  # one expert more than the dense layer, and the router
+    assert difference == (experts_per_token - 1) * 4 * 32 * 64 + 2 * 32 * 4  # against one dense layer
 
 
 def test_the_plan_counts_second_copies_on_the_cpu_only() -> None:
@@ -160,6 +161,16 @@ def test_the_workspace_of_a_gpu_is_that_of_the_largest_pass() -> None:
     keys_and_values = 2 * 2 * 2048 * 24
     router = 4 * 16 * 128
     assert tokens - small == 2048 * (keys_and_values + 2 * 2 * 2048 + product + router)
+
+
+def test_one_expert_a_token_needs_half_the_pairs() -> None:
+    """Where the experts of an encoder pass bound the workspace: one output of either matrix less for each token."""
+    config = EngineConfig(precision="w4a16", device="cuda", encode_token_budget=8192, max_rows=16, max_source_slots=16)
+    two = replace(NLLB_54B, decoder_layers=4, vocab_size=1000)
+    one = replace(two, num_experts_per_tok=1)
+    saved = plan_memory(two, config).workspace_bytes - plan_memory(one, config).workspace_bytes
+    assert saved == 8192 * 2 * (8192 + 2048)
+    assert count_parameters(one) == count_parameters(two)
 
 
 def test_the_routers_partial_sums_are_planned_at_their_largest() -> None:

@@ -51,6 +51,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(directory, seed=5, eos_bias=3.0, **SHAPE)
 
 
+@pytest.fixture(scope="module")
+def switch_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One expert a token."""
+    directory = write_tiny_tokenizer(tmp_path_factory.mktemp("device_runner_switch"))
+    return make_tiny_checkpoint(directory, seed=7, eos_bias=3.0, **SHAPE, num_experts_per_tok=1)
+
+
 def kernel_translator(checkpoint: Path, config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> Translator:
     """Through the kernels on any device; on the CPU the weights must not be in the layout of the plain path's library."""
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -121,10 +128,16 @@ def greedy_ties(checkpoint: Path, work: list[TranslationRequest], truth: dict[st
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("precision", ["fp32", "w4a16"])
+@pytest.mark.parametrize(("precision", "experts_per_token"), [("fp32", 2), ("w4a16", 2), ("w4a16", 1)])
 def test_same_results_as_the_plain_path(
-    checkpoint: Path, device: str, precision: str, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    switch_checkpoint: Path,
+    device: str,
+    precision: str,
+    experts_per_token: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    checkpoint = switch_checkpoint if experts_per_token == 1 else checkpoint
     config = dataclasses.replace(CONFIG, precision=precision, activation_dtype="float32", device=device)
     work = requests(60 if device == "cuda" else 6 if precision == "fp32" else 3, SEARCHES)
     truth = run(plain_translator(checkpoint, dataclasses.replace(config, device="cpu")), work, at_once=3)

@@ -14,6 +14,8 @@ from engine.expert_counts import count_experts
 from engine.model.mixture_of_experts import Router
 from engine.translator import Translator
 from engine.types import SearchOptions
+from tests.engine.tiny import make_tiny_checkpoint
+from tests.engine.tiny_tokenizer import random_texts, write_tiny_tokenizer
 
 CHECKPOINT = Path(demo.__file__).parent / "checkpoint"
 CONFIG = EngineConfig(device="cpu", precision="w8a16")
@@ -22,6 +24,18 @@ TEXTS = {
     ("deu_Latn", "jpn_Jpan"): ["Speichern"],
     ("eng_Latn", "kor_Hang"): ["Choose a folder for the backup"] * 2,
 }
+
+
+def test_one_expert_a_token_is_counted_once(tmp_path: Path) -> None:
+    switch = make_tiny_checkpoint(write_tiny_tokenizer(tmp_path), seed=3, eos_bias=4.0, num_experts_per_tok=1)
+    texts = random_texts(5, seed=1, max_words=4)
+    config, search = EngineConfig(precision="fp32"), SearchOptions(beam_size=2, max_target_tokens=9)
+    translator = Translator.load(switch, config)
+    translator.translate(texts, src_lang="eng_Latn", tgt_lang="fra_Latn", search=search)
+    rows = translator.stats().num_decoded_rows + len(texts)  # the start token of a sentence is a row beside its first
+    ((_, layers, counts),) = count_experts(switch, {("eng_Latn", "fra_Latn"): texts}, config, search)
+    assert layers == (1,)
+    assert counts.sum(1).tolist() == [rows]
 
 
 @pytest.mark.parametrize("beam_size", [1, 3])

@@ -97,16 +97,21 @@ def assert_close(ours: ExpertLoad, truth: ExpertLoad) -> None:
 
 
 def choices(router: Router, x: Tensor) -> Counts:
-    """int64[E] of one call, from the equations: the two largest logits of every token."""
+    """int64[E] of one call, from the equations: the largest logits of every token."""
     classifier = router.classifier
     logits = x.double().numpy() @ classifier.weight.double().numpy().T
     if classifier.bias is not None:
         logits = logits + classifier.bias.double().numpy()
-    return np.bincount(np.argsort(-logits, axis=1)[:, :2].ravel(), minlength=EXPERTS)
+    return np.bincount(np.argsort(-logits, axis=1)[:, : router.top_k].ravel(), minlength=EXPERTS)
 
 
-@pytest.mark.parametrize("beam_size", [1, 3])
-def test_counts_are_those_of_the_routers_choices(checkpoint: Path, beam_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("beam_size", "experts_per_token"), [(1, 2), (3, 2), (2, 1)])
+def test_counts_are_those_of_the_routers_choices(
+    beam_size: int, experts_per_token: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_tiny_checkpoint(
+        write_tiny_tokenizer(tmp_path), seed=5, eos_bias=3.0, **SHAPE, num_experts_per_tok=experts_per_token
+    )
     seen: dict[int, list[Counts]] = defaultdict(list)
     num_tokens: dict[int, int] = defaultdict(int)
     call = Router.__call__
@@ -130,7 +135,7 @@ def test_counts_are_those_of_the_routers_choices(checkpoint: Path, beam_size: in
         assert len(routers) >= 1
         counts = np.stack([np.stack(seen[id(router)]) for router in routers.values()], axis=1)
         assert_close(load, expected(load.stage, tuple(routers), counts))
-        assert load.num_tokens == tuple(2 * num_tokens[id(router)] for router in routers.values())
+        assert load.num_tokens == tuple(experts_per_token * num_tokens[id(router)] for router in routers.values())
     stats = translator.stats()
     assert (loads[0].num_passes, loads[1].num_passes) == (stats.num_encode_passes, stats.num_decode_steps)
 

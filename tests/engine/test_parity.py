@@ -36,6 +36,7 @@ TINY_CASES = [
     SearchOptions(beam_size=2, max_target_tokens=16, length_penalty=0.0, no_repeat_ngram_size=1),
     SearchOptions(beam_size=3, max_target_tokens=9, length_penalty=-0.5, min_target_tokens=3),
 ]
+SWITCH_CASES = [TINY_CASES[0], TINY_CASES[1], TINY_CASES[5]]
 DEMO_TARGETS = ("eng_Latn", "deu_Latn", "jpn_Jpan", "rus_Cyrl")  # few: the oracle takes one target language a batch
 DEMO_CASES = [SearchOptions(beam_size=beam_size, max_target_tokens=48) for beam_size in (1, 4, 5)]
 Sentence = tuple[str, str, str]  # text, src_lang, tgt_lang
@@ -142,11 +143,20 @@ def check(pair: Pair, search: SearchOptions, tally: Tally) -> None:
 
 @pytest.fixture(scope="module", params=["even", "odd"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    checkpoint = write_tiny_tokenizer(tmp_path_factory.mktemp("tiny"))
-    if request.param == "even":
-        make_tiny_checkpoint(checkpoint, seed=11, eos_bias=3.0)
+    return tiny_pair(write_tiny_tokenizer(tmp_path_factory.mktemp("tiny")), request.param)
+
+
+@pytest.fixture(scope="module", params=["even", "odd"])
+def switch(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """One expert a token; the oracle's router keeps its first choice."""
+    return tiny_pair(write_tiny_tokenizer(tmp_path_factory.mktemp("switch")), request.param, num_experts_per_tok=1)
+
+
+def tiny_pair(checkpoint: Path, variant: str, **overrides: int) -> Pair:
+    if variant == "even":
+        make_tiny_checkpoint(checkpoint, seed=11, eos_bias=3.0, **overrides)
     else:
-        make_tiny_checkpoint(checkpoint, seed=12, eos_bias=5.0, **TINY_ODD)
+        make_tiny_checkpoint(checkpoint, seed=12, eos_bias=5.0, **TINY_ODD, **overrides)
     texts = random_texts(100, seed=3, max_words=7)
     languages = [(TINY_LANGUAGES[i % 3], TINY_LANGUAGES[1 + i % 2]) for i in range(len(texts))]
     return Pair.load(checkpoint, [(text, *pair) for text, pair in zip(texts, languages, strict=True)])
@@ -155,6 +165,11 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("search", TINY_CASES, ids=str)
 def test_tiny_random_models(tiny: Pair, search: SearchOptions, tally: Tally) -> None:
     check(tiny, search, tally)
+
+
+@pytest.mark.parametrize("search", SWITCH_CASES, ids=str)
+def test_one_expert_a_token(switch: Pair, search: SearchOptions, tally: Tally) -> None:
+    check(switch, search, tally)
 
 
 def heldout_sentences(count: int) -> list[Sentence]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
 
 # Every dimension a multiple of 16: the packed CPU kernels take these shapes.
 TINY_EVEN: Mapping[str, Any] = {
@@ -74,8 +75,19 @@ def make_tiny_checkpoint(directory: Path, *, seed: int, eos_bias: float = 0.0, *
 
 
 def load_hf_model(directory: Path) -> NllbMoeForConditionalGeneration:
-    """The oracle: transformers' own model in eval mode, fp32, CPU."""
-    return NllbMoeForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+    """The oracle: transformers' own model in eval mode, fp32, CPU. It knows top-2 gating only; where config.json says one
+    expert a token, its gates are replaced: the first choice keeps its probability, the second gets nothing."""
+    model = NllbMoeForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+    if getattr(model.config, "num_experts_per_tok", 2) == 1:
+        for module in model.modules():
+            if isinstance(module, NllbMoeTop2Router):
+                module.normalize_router_probabilities = _first_choice_only
+    return model
+
+
+def _first_choice_only(router_probs: Tensor, top_1_mask: Tensor, top_2_mask: Tensor) -> tuple[Tensor, Tensor]:
+    first = (router_probs * top_1_mask).sum(dim=1)
+    return first, torch.zeros_like(first)
 
 
 def _draw(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:

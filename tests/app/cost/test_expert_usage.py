@@ -56,6 +56,25 @@ def test_the_even_number_is_the_number_where_use_is_even() -> None:
     np.testing.assert_allclose(even(found, np.array([8, 32, 128])).sum(), touched(skewed).sum(), rtol=1e-6)
 
 
+def test_one_expert_a_row() -> None:
+    """Against draws of one expert, and the even number where use is even; an expert's seconds come back from the steps."""
+    rng = np.random.default_rng(3)
+    shares = rng.dirichlet(np.full(24, 0.3), size=2)
+    for rows, expected in zip((8, 32, 128), touched(shares), strict=True):
+        drawn = [len(np.unique(rng.choice(24, rows, p=layer))) for _ in range(400) for layer in shares]
+        assert expected == pytest.approx(np.mean(drawn), rel=0.03)
+    for used in (1, 3, 17):
+        narrow = np.zeros((3, 64))
+        narrow[:, :used] = 1 / used
+        assert experts_used(narrow, 1) == pytest.approx(used, rel=1e-6)
+    rows = np.array([4, 8, 16, 32, 64, 128.0])
+    steps = 0.002 + 3e-6 * rows + 2e-5 * even(64, rows, 1)
+    profile = replace(made_profile(0.0), step_points=tuple(zip(rows.tolist(), steps.tolist(), strict=True)))
+    assert expert_seconds(profile, 64, 1) == pytest.approx(2e-5, rel=1e-6)
+    for at, seconds in narrowed(profile, 1, 64, 1).step_points:
+        assert seconds == pytest.approx(0.002 + 3e-6 * at + 2e-5)
+
+
 def made_profile(each_s: float, num_experts: int = 64) -> Profile:
     rows = np.array([4, 8, 16, 32, 64, 128, 256.0])
     steps = 0.002 + 3e-6 * rows + each_s * even(num_experts, rows)
@@ -96,6 +115,9 @@ def test_bad_profiles_and_numbers_are_refused() -> None:
 def test_measurements_come_back_and_pairs_not_measured_borrow(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     counts = {pair: rng.integers(0, 100, (2, 6)).astype(float) for pair in ("a-x", "b-x", "a-y")}
+    one = ExpertUsage("model", 6, (1, 3), counts, "texts", experts_per_token=1)
+    one.save(tmp_path / "one.json")
+    np.testing.assert_allclose(ExpertUsage.load(tmp_path / "one.json").shares("a-x").sum(1), 1.0)
     usage = ExpertUsage("model", 6, (1, 3), counts, "texts")
     path = tmp_path / "experts.json"
     usage.save(path)
@@ -106,6 +128,9 @@ def test_measurements_come_back_and_pairs_not_measured_borrow(tmp_path: Path) ->
     np.testing.assert_allclose(again.shares("c-x"), (again.shares("a-x") + again.shares("b-x")) / 2)
     np.testing.assert_allclose(again.shares("c-z"), sum(map(again.shares, counts)) / 3)
     raw = json.loads(path.read_text())
+    del raw["experts_per_token"]  # as files of before have it: two
+    path.write_text(json.dumps(raw))
+    assert ExpertUsage.load(path).experts_per_token == 2
     for change, message in (
         ({"babelephant_experts": 9}, "version 9"),
         ({"counts": {}}, "no pair"),

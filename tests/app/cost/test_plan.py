@@ -94,7 +94,8 @@ def test_a_line_is_recovered_with_honest_errors() -> None:
 def test_distinct_experts_are_those_of_a_draw() -> None:
     rng = np.random.default_rng(1)
     drawn = [len(np.unique(rng.integers(0, 128, 64))) for _ in range(3000)]
-    assert distinct_experts(128, np.array([32.0]))[0] == pytest.approx(np.mean(drawn), rel=0.01)
+    for rows, experts_per_token in ((32.0, 2), (64.0, 1)):
+        assert distinct_experts(128, np.array([rows]), experts_per_token)[0] == pytest.approx(np.mean(drawn), rel=0.01)
 
 
 def test_estimates_are_marked_and_follow_bandwidth() -> None:

@@ -10,7 +10,7 @@ import engine.demo
 from engine.bench.inputs import CellInputs
 from engine.bench.peers import Peer, PeerError, transformers_version
 from engine.bench.random_model import RandomWeights
-from engine.bench.shapes import SHAPES, Cell
+from engine.bench.shapes import SHAPES, Cell, with_gating
 from engine.config import ModelConfig
 from tests.engine.tiny import TINY_ODD, load_hf_model, make_tiny_checkpoint
 
@@ -42,6 +42,33 @@ def test_grouped_gemm_equals_the_loop_layer_by_layer(peer: Peer) -> None:
             with peer._grouped():
                 found = ffn(x, None)[0]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_one_expert_a_token_in_both_peers() -> None:
+    """Against a loop over tokens: the first choice, its probability as gate, the factor on expert outputs as configured."""
+    config = with_gating(TINY, 1)
+    switch = Peer.random(RandomWeights(config, torch.device("cpu")), torch.float32, resident=True)
+    (_, ffn), *_ = switch._sparse_layers()
+    x = torch.randn(23, TINY.d_model, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        rows = []
+        for token in x:
+            probabilities = ffn.router.classifier(token).softmax(dim=0)
+            expert = int(probabilities.argmax())
+            rows.append(0.8 * probabilities[expert] * ffn.experts[f"expert_{expert}"](token))
+        with switch._grouped():
+            grouped = ffn(x[None], None)[0]
+        torch.testing.assert_close(ffn(x[None], None)[0][0], torch.stack(rows), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(grouped[0], torch.stack(rows), atol=1e-5, rtol=1e-5)
+    inputs = CellInputs.draw(config, Cell(5, 2))
+    with switch.recording_experts() as counts:
+        run = switch.run(inputs)
+    assert (switch.run(inputs, "grouped").token_ids == run.token_ids).all()
+    touched, uniform = counts.touched("decoder", 10)
+    assert uniform == pytest.approx(8 * (1 - 0.875**10))
+    assert 0.9 * uniform < touched <= 8
+    assert transformers_version(config) == "4.57.6, router patched to top-1"
+    assert transformers_version(TINY) == "4.57.6"
 
 
 def test_a_checkpoint_runs_as_transformers_runs_it(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -109,7 +136,7 @@ def test_what_a_peer_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         drawn_on_use.run(CellInputs.draw(TINY, Cell(1, 1)), "grouped")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(PeerError, match="pip install transformers"):
-        transformers_version()
+        transformers_version(TINY)
 
 
 def test_the_demonstration_model_loads_as_a_peer() -> None:

@@ -59,6 +59,24 @@ def test_loading_converted_equals_quantizing_on_load(
     assert torch.equal(direct.encode(ids, offsets), converted.encode(ids, offsets))
 
 
+def test_one_expert_a_token_goes_the_whole_way(tmp_path: Path) -> None:
+    """The gating is config.json's, which comes along; without the field, as in every older checkpoint, it is two."""
+    switch = make_tiny_checkpoint(tmp_path / "switch", seed=4, **TINY_ODD, num_experts_per_tok=1)
+    convert(switch, tmp_path / "out", QuantScheme(8), progress=False)
+    config = EngineConfig(precision="w8a16", activation_dtype="float32")
+    direct, converted = load_transformer(switch, config), load_transformer(tmp_path / "out", config)
+    ids, offsets = torch.tensor([5, 9, 33, 12, 2, 7, 8]), torch.tensor([0, 5, 7])
+    memory = converted.encode(ids, offsets)
+    assert torch.equal(direct.encode(ids, offsets), memory)
+    assert converted.encoder_load.tokens_per_expert.sum(dim=1).tolist() == [7, 7]  # one a token, in both sparse layers
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert raw.pop("num_experts_per_tok") == 1
+    (tmp_path / "out" / "config.json").write_text(json.dumps(raw))
+    two = load_transformer(tmp_path / "out", config)
+    assert not torch.allclose(two.encode(ids, offsets), memory, atol=0.1)
+    assert two.encoder_load.tokens_per_expert.sum(dim=1).tolist() == [14, 14]
+
+
 def test_the_manifest_records_sources_and_errors(original: Path, tmp_path: Path) -> None:
     manifest = convert(original, tmp_path / "out", QuantScheme(4), progress=False)
     assert read_manifest(tmp_path / "out") == manifest

@@ -57,7 +57,7 @@ def test_errors_grow_with_fewer_bits(checkpoint: Path) -> None:
 
 def test_it_prints_what_a_person_asks(checkpoint: Path) -> None:
     text = str(inspect_checkpoint(checkpoint, "w4a16"))
-    for part in ("w4a16", "times smaller", "memory plan", "relative error", "expert matrices"):
+    for part in ("w4a16", "times smaller", "memory plan", "relative error", "expert matrices", "to 2 of 7 experts"):
         assert part in text
 
 

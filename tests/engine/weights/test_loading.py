@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import NllbMoeForConditionalGeneration
 
+from engine.accounting import plan_memory
 from engine.config import ConfigError, EngineConfig, ModelConfig
 from engine.model.transformer import Transformer
 from engine.weights.checkpoint import CheckpointError, shard_paths
@@ -241,6 +242,25 @@ def test_another_number_of_experts_in_config_json(original: Path, edited: Callab
         load_transformer(checkpoint, FP32)
 
 
+@pytest.mark.parametrize("value", [0, 3, "1", 1.0, [1]])
+def test_other_gatings_than_one_and_two_experts_are_refused(
+    original: Path, edited: Callable[..., Path], value: object
+) -> None:
+    checkpoint = edited(lambda tensors: None)
+    raw = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**raw, "num_experts_per_tok": value}))
+    with pytest.raises(
+        ConfigError, match=r"num_experts_per_tok is .*; this engine computes only 1 \(Switch\) and 2 \(NLLB\)"
+    ):
+        load_transformer(checkpoint, FP32)
+
+
+@pytest.mark.parametrize("experts_per_token", [1, 2])
+def test_one_expert_alone_cannot_be_routed_to(experts_per_token: int) -> None:
+    with pytest.raises(ConfigError, match="num_experts is 1; routing needs at least 2"):
+        ModelConfig(**{**TINY_EVEN, "num_experts": 1, "num_experts_per_tok": experts_per_token})
+
+
 def test_memory_is_checked_before_weights_are_read(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.weights.loading.available_bytes", lambda device: 1_000_000)
     with pytest.raises(InsufficientMemoryError, match=r"fp32 needs .* but 0.00 GB are available; no precision would fit"):
@@ -255,6 +275,17 @@ def test_the_memory_error_says_what_would_fit() -> None:
         check_memory(config, engine_config, 9 * 10**9)
     check_memory(config, engine_config, None)
     check_memory(config, EngineConfig(precision="w4a16", device="cuda"), 9 * 10**9)
+
+
+def test_the_logits_of_ngram_rules_are_held_back() -> None:
+    """Nobody may ever ask for such a rule; on a card that is full without them the first who does would be sent away."""
+    config = ModelConfig(**{**TINY_EVEN, "vocab_size": 256_256})
+    engine_config = EngineConfig(precision="w4a16", device="cuda", max_rows=320, max_source_slots=80)
+    plan = plan_memory(config, engine_config)
+    enough = plan.total_bytes + plan.driver_bytes + 2 * 400 * 256_256 * 4
+    check_memory(config, engine_config, enough)
+    with pytest.raises(InsufficientMemoryError, match=r"n-gram rules 0\.82 GB"):
+        check_memory(config, engine_config, enough - 1)
 
 
 def test_this_machine_has_memory() -> None:
