@@ -46,7 +46,8 @@ def specialized_constants(
 ) -> dict[str, Any]:
     """For `specialized_linear_kernel`; norm: its NORM, 0 to 3; leave: its LEAVE. Registers are shared out anew within a
     program: 104 a thread are 168 and more for those that multiply. A program that takes few leaves room beside it for
-    attention's, which may start before it is over (a step of 320 rows: 1,098 -> 1,089 us); what would spill gets 128."""
+    attention's, which may start before it is over (a step of 320 rows: 1,098 -> 1,089 us); what would spill gets 128, and
+    168 where more than 64 sums a thread do not even compile with fewer."""
     wide = tiles.bn * tiles.br > 1024 * tiles.warps
     many = tiles.bn == 256 or tiles.br == 128 or (wide and mode == 1) or (norm == 1 and tiles.br >= 64)
     return {
@@ -64,7 +65,7 @@ def specialized_constants(
         "PREFETCH": tiles.prefetch,
         "WARPS": tiles.warps,
         "num_warps": tiles.warps,
-        "maxnreg": 128 if many else 104,
+        "maxnreg": 168 if tiles.bn * tiles.br > 2048 * tiles.warps else 128 if many else 104,
     } | overlap_options(tiles.overlap)
 
 
