@@ -95,11 +95,32 @@ LARGE_HEADS = tuple(
     )
 )
 
-# Hopper's own kernel; what it leaves over at every edge: rows, logits (an empty last half), features, groups of thresholds
+
+def _hopper_heads(
+    cases: tuple[tuple[int, int, int, int, bool, tuple[int, int, int, int, int, int]], ...],
+    *,
+    int8_rows: bool = False,
+    online: bool = False,
+) -> tuple[HeadCase, ...]:
+    """Of rows, features, vocabulary, k, gated, and the numbers that tiles begin with."""
+    return tuple(
+        HeadCase(
+            rows,
+            features,
+            vocab,
+            k,
+            8 if int8_rows else 16,
+            HeadTiles(*tiles, specialized=True, tma=True, gated=gated, online=online),
+            int8_rows=int8_rows,
+        )
+        for rows, features, vocab, k, gated, tiles in cases
+    )
+
+
+# Hopper's own kernels; what they leave over at every edge: rows, logits (an empty last half), features, groups of thresholds
 HOPPER_HEADS = (
-    tuple(
-        HeadCase(rows, features, vocab, k, 16, HeadTiles(*tiles, specialized=True, tma=True, gated=gated))
-        for rows, features, vocab, k, gated, tiles in (
+    *_hopper_heads(
+        (
             (1, 1024, 32001, 2, True, (128, 128, 0, 64, 4, 6)),
             (64, 2048, 8191, 17, False, (256, 128, 0, 64, 4, 4)),
             (129, 96, 8129, 8, True, (128, 128, 64, 64, 4, 5)),
@@ -109,10 +130,9 @@ HOPPER_HEADS = (
             (511, 2048, 8191, 10, True, (128, 256, 0, 64, 4, 4)),
             (1024, 64, 320, 1, True, (128, 256, 64, 64, 4, 4)),
         )
-    )
-    + tuple(
-        HeadCase(rows, features, vocab, k, 16, HeadTiles(*tiles, specialized=True, tma=True, gated=gated, online=True))
-        for rows, features, vocab, k, gated, tiles in (
+    ),
+    *_hopper_heads(
+        (
             (1, 1024, 32001, 2, True, (128, 128, 0, 64, 4, 6)),
             (96, 2048, 8191, 16, True, (128, 128, 0, 64, 4, 6)),
             (129, 96, 8129, 8, True, (128, 128, 64, 64, 4, 5)),
@@ -121,11 +141,11 @@ HOPPER_HEADS = (
             (320, 96, 8193, 8, False, (128, 256, 64, 32, 4, 8)),
             (311, 2048, 8191, 10, True, (128, 256, 64, 64, 4, 4)),
             (1024, 64, 320, 1, True, (128, 256, 64, 64, 4, 4)),
-        )
-    )
-    + tuple(
-        HeadCase(rows, features, vocab, k, 8, HeadTiles(*tiles, specialized=True, tma=True, gated=gated), int8_rows=True)
-        for rows, features, vocab, k, gated, tiles in (
+        ),
+        online=True,
+    ),
+    *_hopper_heads(
+        (
             (1, 1024, 32001, 2, True, (128, 128, 0, 128, 4, 3)),
             (64, 2048, 8191, 17, False, (256, 128, 0, 128, 4, 4)),
             (129, 112, 8129, 8, True, (128, 128, 64, 64, 4, 5)),
@@ -133,8 +153,9 @@ HOPPER_HEADS = (
             (320, 1024, 32001, 16, True, (128, 256, 64, 128, 4, 4)),
             (511, 2048, 8191, 10, True, (128, 256, 0, 128, 4, 4)),
             (1024, 64, 320, 1, True, (128, 256, 64, 64, 4, 4)),
-        )
-    )
+        ),
+        int8_rows=True,
+    ),
 )
 
 

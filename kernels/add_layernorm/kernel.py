@@ -41,6 +41,39 @@ def _sum_of_slots(
 
 
 @triton.jit
+def _standardised(
+    residual_ptr,
+    delta_ptr,
+    ids_ptr,
+    row,
+    d,
+    mask,
+    eps,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MASKED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Wait for the row, add its slots and store it back; -> the stored row less its mean, over its standard deviation."""
+    SIZE: tl.constexpr = D * residual_ptr.dtype.element_ty.primitive_bitwidth // 8
+    prefetch_piece(residual_ptr + row * D, SIZE, OVERLAP)
+    if SLOTS > 0:
+        prefetch_piece(delta_ptr + row * (SLOTS * D), SLOTS * SIZE, OVERLAP)
+    wait_for_inputs(OVERLAP)
+    x = tl.load(residual_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
+    if SLOTS > 0:
+        total = _sum_of_slots(delta_ptr, ids_ptr, row, d, mask, D, D == D_PAD, D_PAD, SLOTS, MASKED)
+        stored = (x + total).to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + row * D + d, stored, mask=mask)
+        x = stored.to(tl.float32)
+    mean = tl.sum(x, 0) / D
+    centered = tl.where(mask, x - mean, 0.0)
+    variance = tl.sum(centered * centered, 0) / D
+    return centered * tl.rsqrt(variance + eps)
+
+
+@triton.jit
 def add_layernorm_kernel(
     residual_ptr,
     delta_ptr,
@@ -61,21 +94,7 @@ def add_layernorm_kernel(
     mask = d < D
     weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    SIZE: tl.constexpr = D * residual_ptr.dtype.element_ty.primitive_bitwidth // 8
-    prefetch_piece(residual_ptr + row * D, SIZE, OVERLAP)
-    if SLOTS > 0:
-        prefetch_piece(delta_ptr + row * (SLOTS * D), SLOTS * SIZE, OVERLAP)
-    wait_for_inputs(OVERLAP)
-    x = tl.load(residual_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
-    if SLOTS > 0:
-        total = _sum_of_slots(delta_ptr, ids_ptr, row, d, mask, D, D == D_PAD, D_PAD, SLOTS, MASKED)
-        stored = (x + total).to(residual_ptr.dtype.element_ty)
-        tl.store(residual_ptr + row * D + d, stored, mask=mask)
-        x = stored.to(tl.float32)
-    mean = tl.sum(x, 0) / D
-    centered = tl.where(mask, x - mean, 0.0)
-    variance = tl.sum(centered * centered, 0) / D
-    y = centered * tl.rsqrt(variance + eps) * weight + bias
+    y = _standardised(residual_ptr, delta_ptr, ids_ptr, row, d, mask, eps, D, D_PAD, SLOTS, MASKED, OVERLAP) * weight + bias
     tl.store(out_ptr + row * D + d, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -105,21 +124,7 @@ def add_layernorm_int8_kernel(
     if AFFINE:
         weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    SIZE: tl.constexpr = D * residual_ptr.dtype.element_ty.primitive_bitwidth // 8
-    prefetch_piece(residual_ptr + row * D, SIZE, OVERLAP)
-    if SLOTS > 0:
-        prefetch_piece(delta_ptr + row * (SLOTS * D), SLOTS * SIZE, OVERLAP)
-    wait_for_inputs(OVERLAP)
-    x = tl.load(residual_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
-    if SLOTS > 0:
-        total = _sum_of_slots(delta_ptr, ids_ptr, row, d, mask, D, D == D_PAD, D_PAD, SLOTS, MASKED)
-        stored = (x + total).to(residual_ptr.dtype.element_ty)
-        tl.store(residual_ptr + row * D + d, stored, mask=mask)
-        x = stored.to(tl.float32)
-    mean = tl.sum(x, 0) / D
-    centered = tl.where(mask, x - mean, 0.0)
-    variance = tl.sum(centered * centered, 0) / D
-    y = centered * tl.rsqrt(variance + eps)
+    y = _standardised(residual_ptr, delta_ptr, ids_ptr, row, d, mask, eps, D, D_PAD, SLOTS, MASKED, OVERLAP)
     if AFFINE:
         y = y * weight + bias
     largest_bits = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)

@@ -19,6 +19,7 @@ from triton.language.core import _aggregate as aggregate
 
 from kernels.dependency import wait_for_kernels_before
 from kernels.head_topk.online_results import CH, LANES, LOG2E, RL, ROWS, WIDE, Memory, Mode, ask_thresholds, least, work_off
+from kernels.head_topk.ring import stage_after
 
 
 @aggregate
@@ -44,16 +45,6 @@ class Ring:
         self.STAGES = gl.constexpr(STAGES)
         self.STEPS = gl.constexpr(STEPS)
         self.BK = gl.constexpr(BK)
-
-
-@gluon.jit
-def _after(stage, phase, ring):
-    """The next stage, and the parity of its barriers."""
-    stage += 1
-    if stage == ring.STAGES:
-        stage = 0
-        phase ^= 1
-    return stage, phase
 
 
 @gluon.jit
@@ -137,7 +128,7 @@ def _work(group: gl.constexpr, x, w, ring, flag_ptr, sums_ptr, tiles, memory, mo
                 if step > 0:
                     parity = gl.where(stage == 0, phase ^ 1, phase)
                     _refill(x, w, ring, tiles, row_tiles, tile, step + STAGES - 1, last, parity)
-            stage, phase = _after(stage, phase, ring)
+            stage, phase = stage_after(stage, phase, ring)
         bounds = 0
         if mode.GATED:  # asked for while the last products run
             bounds = ask_thresholds(first, memory, mode)
@@ -155,7 +146,7 @@ def _work(group: gl.constexpr, x, w, ring, flag_ptr, sums_ptr, tiles, memory, mo
         mbarrier.arrive(ring.free.index(stage), count=1)
         if LOADS:  # the others multiply on while this group works off its results
             _refill(x, w, ring, tiles, row_tiles, tile, STEPS + STAGES - 1, stage, phase)
-        stage, phase = _after(stage, phase, ring)
+        stage, phase = stage_after(stage, phase, ring)
         if v0 + CH > memory.V:
             v = v0 + gl.arange(0, CH, layout=gl.SliceLayout(0, WIDE))
             acc = gl.where((v < memory.V)[None, :], acc, float("-inf"))
