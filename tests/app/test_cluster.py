@@ -153,7 +153,8 @@ def test_client_that_hangs_up_frees_the_engine(served: Served) -> None:
             connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
             wait_until(lambda: load(served) > 0)
         wait_until(lambda: load(served) == 0)
-    wait_until(lambda: sample(served, "ray_babelephant_cancelled_sentences_total", pool="main") == 400)
+    # Between 400 and 500: a sentence of an earlier test whose deadline ran out counts too if its ingress gave up first.
+    wait_until(lambda: sample(served, "ray_babelephant_cancelled_sentences_total", pool="main") // 100 == 4)
 
 
 def load(served: Served) -> int:
