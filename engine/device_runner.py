@@ -30,7 +30,7 @@ from engine.model.kernel_encoder import KernelEncoder, PackedTokens
 from engine.model.kernel_layers import KernelOptions
 from engine.model.transformer import Transformer
 from engine.runner import Runner
-from engine.search.device_search import DeviceSearch, StepShape
+from engine.search.device_search import Composition, DeviceSearch, StepShape
 from engine.search.spec import SearchOutcome, SearchSpec
 from engine.search.transfer import to_device
 from engine.step_clock import StepClock
@@ -45,7 +45,7 @@ _STEPS_AHEAD = 2  # launched and not looked at: one that runs and one behind it
 class _Step:
     """A launched decode step: who took part, the status of all slots after it, and the event that says it is there."""
 
-    fed: list[Any]
+    composition: Composition
     status: Tensor
     ended: torch.cuda.Event | None
 
@@ -201,7 +201,7 @@ class DeviceRunner:
         """The sentences that this step ended, which leave the search."""
         if step.ended is not None:
             step.ended.synchronize()
-        return self._search.close(step.fed, step.status.numpy())
+        return self._search.close(step.composition, step.status.numpy())
 
     @contextlib.contextmanager
     def _beside(self, step: _Step) -> Iterator[None]:

@@ -11,6 +11,7 @@ groups that are halved at every further fault: the one that breaks its step ends
 from __future__ import annotations
 
 import enum
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -81,8 +82,12 @@ class Scheduler:
         self._epoch_clock = epoch_clock
         self._rows = FreeList(config.max_rows)
         self._slots = FreeList(config.max_source_slots)
+        self._inside: dict[str, GenerationState] = {}  # all of them, by request id
         self._waiting: dict[str, GenerationState] = {}  # by request id, in order of arrival
-        self._running: dict[int, GenerationState] = {}  # by source slot
+        self._running: dict[int, GenerationState] = {}  # by source slot; all of them suspects, or none
+        # What `withdraw` goes by, so that a step in which nobody leaves looks at no sentence.
+        self._has_cancelled = False
+        self._next_deadline_s = math.inf  # no deadline in the engine is earlier
 
     @property
     def num_waiting(self) -> int:
@@ -117,7 +122,7 @@ class Scheduler:
         """
         self.check(state)
         request = state.request
-        if self._find(request.request_id) is not None:
+        if request.request_id in self._inside:
             raise RequestError("invalid_option", f"request_id {request.request_id!r} is in use already")
         if len(self._waiting) >= self._config.max_waiting:
             raise EngineFullError(f"{len(self._waiting)} sentences are waiting (max_waiting); try again later")
@@ -126,34 +131,44 @@ class Scheduler:
             # arrived_at_s 0 means it arrived just now; a sender's clock ahead of ours cannot lengthen the budget.
             spent_s = max(0.0, self._epoch_clock() - request.arrived_at_s) if request.arrived_at_s else 0.0
             state.deadline_s = state.submitted_s + request.time_budget_s - spent_s
-        self._waiting[request.request_id] = state
+            self._next_deadline_s = min(self._next_deadline_s, state.deadline_s)
+        self._inside[request.request_id] = self._waiting[request.request_id] = state
 
     def cancel(self, request_id: str) -> bool:
         """Mark a sentence; the next `withdraw` takes it out. False when it is not in the engine."""
-        state = self._find(request_id)
+        state = self._inside.get(request_id)
         if state is None:
             return False
-        state.is_cancelled = True
+        state.is_cancelled = self._has_cancelled = True
         return True
 
     def withdraw(self) -> list[tuple[GenerationState, FinishReason]]:
         """Take out what was cancelled or is past its deadline; slots and rows become free."""
         now = self._clock()
+        if not self._has_cancelled and now < self._next_deadline_s:
+            return []
         leaving = []
+        self._has_cancelled, self._next_deadline_s = False, math.inf
         for state in (*self._waiting.values(), *self._running.values()):
             if state.is_cancelled:
                 leaving.append((state, FinishReason.CANCELLED))
-            elif state.deadline_s is not None and now >= state.deadline_s:
+            elif state.deadline_s is None:
+                continue
+            elif now >= state.deadline_s:
                 leaving.append((state, FinishReason.DEADLINE))
+            else:
+                self._next_deadline_s = min(self._next_deadline_s, state.deadline_s)
         for state, _ in leaving:
             self._release(state, now)
         return leaving
 
     def admit(self) -> list[GenerationState]:
         """Give slots and rows to waiting sentences, for one encoder pass of at most encode_token_budget tokens."""
-        if any(state.is_suspect for state in self._running.values()):
+        if not self._waiting:
+            return []
+        if self._running and next(iter(self._running.values())).is_suspect:
             return []  # whoever joined them would be hit by their fault
-        if self._waiting and next(iter(self._waiting.values())).is_suspect:
+        if next(iter(self._waiting.values())).is_suspect:
             return self._admit_suspects()
         if not self._is_worth_a_pass():
             return []
@@ -214,11 +229,12 @@ class Scheduler:
         if not self._running:
             return True
         free_rows, free_slots = self._rows.num_free, self._slots.num_free
-        num_rows = sum(state.request.search.beam_size for state in self._waiting.values())
-        if num_rows <= free_rows and len(self._waiting) <= free_slots:
-            return True
         shares = (free_rows / self._config.max_rows, free_slots / self._config.max_source_slots)
-        return min(shares) >= MIN_FREE_SHARE
+        if min(shares) >= MIN_FREE_SHARE:
+            return True
+        if len(self._waiting) > free_slots:
+            return False
+        return sum(state.request.search.beam_size for state in self._waiting.values()) <= free_rows
 
     def mark_encoded(self, states: Iterable[GenerationState]) -> None:
         """Note the end of the encoder pass of these sentences."""
@@ -238,12 +254,7 @@ class Scheduler:
 
     def request_ids(self) -> list[str]:
         """Every sentence in the engine, waiting or running."""
-        return [state.request.request_id for state in (*self._waiting.values(), *self._running.values())]
-
-    def _find(self, request_id: str) -> GenerationState | None:
-        if request_id in self._waiting:
-            return self._waiting[request_id]
-        return next((state for state in self._running.values() if state.request.request_id == request_id), None)
+        return list(self._inside)
 
     def _start(self, state: GenerationState) -> None:
         del self._waiting[state.request.request_id]
@@ -258,6 +269,7 @@ class Scheduler:
             self._give_back(state)
         else:
             del self._waiting[state.request.request_id]
+        del self._inside[state.request.request_id]
         state.status = Status.FINISHED
         state.finished_s = now
 

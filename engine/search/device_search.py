@@ -5,6 +5,7 @@ Same rules and results as `engine.search.search.Search`. Legend: R entries, G gr
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.search.outcomes import outcome, trace
 from engine.search.rules import ban_repeated_ngrams
-from engine.search.spec import ScoredTokens, SearchOutcome, SearchSpec
+from engine.search.spec import SearchOutcome, SearchSpec
 from engine.search.transfer import to_device, to_host
 from kernels.beam_search import BeamTables, StepInputs, advance_sentences, begin_sentences, step_inputs
 from kernels.beam_search.tables import BOUNDS_BY_MAX, BROKEN, NGRAM_SIZE, RECORD_FIELDS, STOPS_WHEN_FULL
@@ -27,11 +29,16 @@ _CANDIDATES = (1, 8, 16)  # tokens kept an entry: greedy, up to 4 beams, up to 8
 
 @dataclass(eq=False, slots=True)
 class _Sentence:
-    """What the host knows: num_tokens generated so far, the step being launched included."""
+    """What the host knows. Steps are numbered as they are launched: it takes part from first_step, which feeds its start
+    token, up to the one before stop_step, where it has max_tokens. is_live: not ended and not removed.
+    """
 
     spec: SearchSpec
-    num_tokens: int = 1
-    is_new: bool = True  # its start token is not fed yet
+    source_slot: int
+    ngram_size: int
+    first_step: int
+    stop_step: int
+    is_live: bool = True
 
 
 class StepShape(NamedTuple):
@@ -40,6 +47,16 @@ class StepShape(NamedTuple):
     num_entries: int
     num_candidates: int
     ngram_sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Composition:
+    """Who takes part in a step: the sentences, their slots int32[B], and the first step that needs another composition."""
+
+    sentences: list[_Sentence]
+    slots: NDArray[np.int32]
+    shape: StepShape
+    stop_step: int
 
 
 class DeviceSearch:
@@ -64,9 +81,10 @@ class DeviceSearch:
         self._buckets = tuple(entry_buckets)
         self._plan = torch.zeros((5, self._buckets[-1]), dtype=torch.int32, device=device)
         self._inputs = StepInputs.allocate(self._buckets[-1], device)
-        self._sentences: list[_Sentence] = []
-        self._planned: list[_Sentence] | None = None  # the composition that is on the device, None when it is stale
-        self._shape = StepShape(self._buckets[0], 1, ())
+        self._sentences: list[_Sentence] = []  # in order of their first steps
+        self._num_beams = np.zeros(num_slots, dtype=np.int32)  # by slot
+        self._num_steps = 0  # launched so far: the number of the next one
+        self._planned: Composition | None = None  # what is on the device, None when it is stale
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -90,29 +108,28 @@ class DeviceSearch:
             self.tables,
             start_token_id=self._start_token_id,
         )
-        self._sentences += [_Sentence(spec) for spec in specs]
+        step = self._num_steps
+        for spec in specs:
+            self._num_beams[spec.source_slot] = len(spec.beam_rows)
+            ngram_size, stop_step = spec.options.no_repeat_ngram_size, step + spec.max_tokens - 1
+            self._sentences.append(_Sentence(spec, spec.source_slot, ngram_size, step, stop_step))
         self._planned = None
 
     def remove(self, source_slots: Collection[int]) -> None:
         """Drop sentences without a result."""
-        self._sentences = [s for s in self._sentences if s.spec.source_slot not in source_slots]
-        self._planned = None
+        self._drop([s for s in self._sentences if s.source_slot in source_slots])
 
     def clear(self) -> None:
         """Drop every sentence without a result, touching no device memory."""
-        self._sentences = []
+        self._drop(self._sentences)
         self._planned = None
 
     def plan(self) -> StepShape | None:
         """Bring the composition of the next step to the device; None when every sentence is at its length limit."""
-        if self._planned is None or any(s.is_new or s.num_tokens >= s.spec.max_tokens for s in self._planned):
-            fed = [s for s in self._sentences if s.num_tokens < s.spec.max_tokens]
-            if not fed:
-                self._planned = None
-                return None
-            self._planned = fed
-            self._shape = self._upload(fed)
-        return self._shape
+        if self._planned is None or self._num_steps >= self._planned.stop_step:
+            fed = [s for s in self._sentences if s.stop_step > self._num_steps]
+            self._planned = self._upload(fed) if fed else None
+        return None if self._planned is None else self._planned.shape
 
     def plan_idle(self) -> None:
         """Bring a step of idle entries to the device, for a capture."""
@@ -174,38 +191,28 @@ class DeviceSearch:
         values = torch.where(has_rule, values.masked_fill(broken, float("nan")), best[0])
         return values, torch.where(has_rule, token_ids.int(), best[1])
 
-    def took(self) -> list[_Sentence]:
-        """Note that the planned step is launched; returns the sentences that take part in it."""
+    def took(self) -> Composition:
+        """Note that the planned step is launched; returns who takes part in it."""
         assert self._planned is not None
-        for sentence in self._planned:
-            sentence.num_tokens += 1
-        fed = self._planned
-        if any(sentence.is_new for sentence in fed):
-            for sentence in fed:
-                sentence.is_new = False
-            self._planned = None
-        return fed
+        self._num_steps += 1
+        return self._planned
 
-    def close(self, fed: Sequence[_Sentence], status: NDArray[np.int32]) -> list[_Sentence]:
+    def close(self, composition: Composition, status: NDArray[np.int32]) -> list[_Sentence]:
         """Take out the sentences of a step that have ended by its status int32[P]; those removed meanwhile are left out.
 
         Their rows and slots must stay untouched until `read`.
         """
-        if not status.any():
-            return []
-        live = set(map(id, self._sentences))
-        closed = [s for s in fed if status[s.spec.source_slot] and id(s) in live]
+        ended = status[composition.slots].nonzero()[0].tolist()
+        closed = [s for s in (composition.sentences[i] for i in ended) if s.is_live]
         if closed:
-            gone = set(map(id, closed))
-            self._sentences = [s for s in self._sentences if id(s) not in gone]
-            self._planned = None
+            self._drop(closed)
         return closed
 
     def read(self, closed: Sequence[_Sentence], status: NDArray[np.int32]) -> list[SearchOutcome]:
         """Results of sentences that were closed with this status; waits for the current stream only."""
-        slots = to_device(np.array([s.spec.source_slot for s in closed], dtype=np.int32), self.device)
+        slots = to_device(np.array([s.source_slot for s in closed], dtype=np.int32), self.device)
         rows = to_device(np.array([row for s in closed for row in s.spec.beam_rows], dtype=np.int32), self.device)
-        length = max(s.num_tokens for s in closed) + 1
+        length = max(min(s.spec.max_tokens, self._num_steps - s.first_step + 1) for s in closed) + 1
         tables = self.tables
         hypotheses, scores, history = to_host(
             tables.hypotheses.index_select(0, slots),
@@ -215,33 +222,47 @@ class DeviceSearch:
         outcomes, start = [], 0
         for i, sentence in enumerate(closed):
             stop = start + len(sentence.spec.beam_rows)
-            is_broken = bool(status[sentence.spec.source_slot] == BROKEN)
-            found = [] if is_broken else _trace(history[start:stop], hypotheses[i], scores[i], sentence.spec)
-            outcomes.append(_outcome(sentence.spec, found, is_broken=is_broken))
+            is_broken = bool(status[sentence.source_slot] == BROKEN)
+            found = [] if is_broken else trace(history[start:stop], hypotheses[i], scores[i], sentence.spec)
+            outcomes.append(outcome(sentence.spec, found, is_broken=is_broken))
             start = stop
         return outcomes
 
-    def _upload(self, fed: Sequence[_Sentence]) -> StepShape:
-        slots = np.array([s.spec.source_slot for s in fed], dtype=np.int32)
-        counts = np.array([len(s.spec.beam_rows) for s in fed], dtype=np.int32)
-        new = np.array([s.spec.source_slot for s in fed if s.is_new], dtype=np.int32)
-        starts = np.cumsum(counts, dtype=np.int32) - counts
-        rows = int(counts.sum())
+    def _drop(self, sentences: Sequence[_Sentence]) -> None:
+        for sentence in sentences:
+            sentence.is_live = False
+        self._sentences = [s for s in self._sentences if s.is_live]
+        if any(s.stop_step > self._num_steps for s in sentences):  # the others are left out already
+            self._planned = None
+
+    def _upload(self, fed: list[_Sentence]) -> Composition:
+        step = self._num_steps
+        slots = np.array([s.source_slot for s in fed], dtype=np.int32)
+        new = slots[bisect.bisect_left(fed, step, key=lambda s: s.first_step) :]
+        counts = self._num_beams[slots]
+        stops = np.cumsum(counts, dtype=np.int32)
+        starts, rows = stops - counts, int(stops[-1])
         num_entries, num_groups = rows + len(new), len(fed) + len(new)
         plan = np.zeros((5, self._buckets[-1]), dtype=np.int32)
         plan[_SLOTS] = plan[_GROUP_SLOTS] = -1
         plan[_SLOTS, :rows] = np.repeat(slots, counts)
-        plan[_BEAMS, :rows] = np.arange(rows, dtype=np.int32) - np.repeat(starts, counts)
         plan[_SLOTS, rows:num_entries] = new
+        plan[_BEAMS, :rows] = np.arange(rows, dtype=np.int32) - np.repeat(starts, counts)
         plan[_BEAMS, rows:num_entries] = -1
-        plan[_GROUP_SLOTS, :num_groups] = np.concatenate([slots, new])
-        plan[_GROUP_STARTS, :num_groups] = np.concatenate([starts, np.arange(rows, num_entries, dtype=np.int32)])
-        plan[_GROUP_COUNTS, :num_groups] = np.concatenate([counts, np.ones_like(new)])
+        plan[_GROUP_SLOTS, : len(fed)] = slots
+        plan[_GROUP_SLOTS, len(fed) : num_groups] = new
+        plan[_GROUP_STARTS, : len(fed)] = starts
+        plan[_GROUP_STARTS, len(fed) : num_groups] = np.arange(rows, num_entries, dtype=np.int32)
+        plan[_GROUP_COUNTS, : len(fed)] = counts
+        plan[_GROUP_COUNTS, len(fed) : num_groups] = 1
         self._plan.copy_(to_device(plan, self.device))
         beams = int(counts.max())
         candidates = 1 if beams == 1 else next(k for k in _CANDIDATES if k >= 2 * beams)
-        ngrams = tuple(sorted({s.spec.options.no_repeat_ngram_size for s in fed} - {0}))
-        return StepShape(next(b for b in self._buckets if b >= num_entries), candidates, ngrams)
+        ngrams = tuple(sorted({s.ngram_size for s in fed} - {0}))
+        bucket = self._buckets[bisect.bisect_left(self._buckets, num_entries)]
+        # start tokens are fed once, so a step with new sentences is followed by another composition
+        stop_step = step + 1 if len(new) else min(s.stop_step for s in fed)
+        return Composition(fed, slots, StepShape(bucket, candidates, ngrams), stop_step)
 
 
 def _record(spec: SearchSpec) -> list[int]:
@@ -258,33 +279,3 @@ def _normalizers(length_penalty: float, width: int) -> NDArray[np.float32]:
     """float32[width]: n ** length_penalty computed in float64; entry 0 is not used."""
     lengths = torch.arange(width, dtype=torch.float64).clamp(min=1)
     return (lengths**length_penalty).float().numpy()
-
-
-def _trace(
-    history: NDArray[np.int32], hypotheses: NDArray[np.int32], scores: NDArray[np.float32], spec: SearchSpec
-) -> list[ScoredTokens]:
-    """Finished hypotheses of one sentence, best first: their tokens from the forced one on, followed back through their
-    parents. history [beams, T, 2]; hypotheses [8, 4] and scores [8] as in BeamTables."""
-    width = history.shape[1]
-    cells = history.reshape(
-        -1
-    ).tolist()  # one flat list: nested ones would be thousands of objects for the garbage collector
-    found: list[ScoredTokens] = []
-    for (is_done, beam, last, length), score in zip(hypotheses.tolist(), scores.tolist(), strict=True):
-        if not is_done or len(found) == spec.options.num_hypotheses:
-            break
-        tokens, origin = [last], beam
-        for t in range(length - 1, 0, -1):
-            place = 2 * (origin * width + t)
-            tokens.append(cells[place])
-            origin = cells[place + 1]
-        found.append(ScoredTokens(tuple(tokens[::-1]), score))
-    return found
-
-
-def _outcome(spec: SearchSpec, hypotheses: Sequence[ScoredTokens], *, is_broken: bool) -> SearchOutcome:
-    if is_broken:
-        return SearchOutcome(spec.source_slot, (), "the model's logits are not finite; load it in a wider precision")
-    if not hypotheses:
-        return SearchOutcome(spec.source_slot, (), "the search options banned every token, so no hypothesis exists")
-    return SearchOutcome(spec.source_slot, tuple(hypotheses))

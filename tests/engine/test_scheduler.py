@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine.config import EngineConfig
-from engine.scheduler import MAX_OVERTAKES, GenerationState, Scheduler, Status
+from engine.scheduler import MAX_OVERTAKES, MIN_FREE_SHARE, GenerationState, Scheduler, Status
 from engine.types import EngineFullError, FinishReason, RequestError, SearchOptions, TranslationRequest
 
 CONFIG = EngineConfig(
@@ -157,6 +157,70 @@ class SchedulerLife(RuleBasedStateMachine):
 
 TestSchedulerLife = SchedulerLife.TestCase
 TestSchedulerLife.settings = settings(max_examples=120, stateful_step_count=60)
+
+
+class PlainScheduler(Scheduler):
+    """Looks at every sentence at every step."""
+
+    def withdraw(self) -> list[tuple[GenerationState, FinishReason]]:
+        now = self._clock()
+        leaving = []
+        for state in (*self._waiting.values(), *self._running.values()):
+            if state.is_cancelled:
+                leaving.append((state, FinishReason.CANCELLED))
+            elif state.deadline_s is not None and now >= state.deadline_s:
+                leaving.append((state, FinishReason.DEADLINE))
+        for state, _ in leaving:
+            self._release(state, now)
+        return leaving
+
+    def admit(self) -> list[GenerationState]:
+        if any(state.is_suspect for state in self._running.values()):
+            return []
+        return super().admit()
+
+    def _is_worth_a_pass(self) -> bool:
+        free_rows, free_slots = self._rows.num_free, self._slots.num_free
+        num_rows = sum(state.request.search.beam_size for state in self._waiting.values())
+        fits = num_rows <= free_rows and len(self._waiting) <= free_slots
+        shares = (free_rows / self._config.max_rows, free_slots / self._config.max_source_slots)
+        return not self._running or fits or min(shares) >= MIN_FREE_SHARE
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_decisions_are_those_of_a_scheduler_that_looks_at_everything(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    clock = Clock(50.0)
+    config = EngineConfig(precision="fp32", max_rows=24, max_source_slots=9, max_waiting=40)
+    quick, plain = (kind(config, clock=clock, epoch_clock=clock) for kind in (Scheduler, PlainScheduler))
+    num_submitted, num_withdrawn, num_idle = 0, 0, 0
+    for _ in range(400):
+        for _ in range(int(generator.choice([0, 0, 1, 4]))):
+            budget = float(generator.integers(1, 60)) if generator.random() < 0.3 else None
+            beam, name = int(generator.choice([1, 1, 2, 5])), str(num_submitted)
+            if quick.num_waiting < config.max_waiting:
+                for scheduler in (quick, plain):
+                    scheduler.submit(make_state(name, beam_size=beam, time_budget_s=budget))
+                num_submitted += 1
+        if generator.random() < 0.1 and num_submitted:
+            name = str(int(generator.integers(max(0, num_submitted - 40), num_submitted)))
+            assert quick.cancel(name) == plain.cancel(name)
+        withdrawn = [[(s.request.request_id, reason) for s, reason in each.withdraw()] for each in (quick, plain)]
+        assert withdrawn[0] == withdrawn[1]
+        num_withdrawn += len(withdrawn[0])
+        admitted = [[(s.request.request_id, s.source_slot, s.beam_rows) for s in each.admit()] for each in (quick, plain)]
+        assert admitted[0] == admitted[1]
+        num_idle += not admitted[0]
+        if generator.random() < 0.02:
+            for scheduler in (quick, plain):
+                scheduler.put_back(scheduler.running())
+        for state in quick.running():
+            if generator.random() < 0.08:
+                quick.finish(state.source_slot)
+                plain.finish(state.source_slot)
+        clock.now_s += 1.0
+    assert num_withdrawn > 5
+    assert 100 < num_idle < 400
 
 
 def drain_order(scheduler: Scheduler) -> list[str]:

@@ -1,0 +1,129 @@
+"""Who takes part in a step on the device, against a plain bookkeeper; steps are read two late, as the runner does it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from engine.search.device_search import DeviceSearch, StepShape
+from engine.search.spec import SearchSpec
+from engine.slots import FreeList
+from engine.types import SearchOptions
+
+NUM_SLOTS, NUM_ROWS, MAX_TOKENS = 5, 14, 9
+BUCKETS = (1, 2, 3, 4, 8, 16, 32)
+
+
+@dataclass(eq=False)
+class Sentence:
+    """What the plain bookkeeper knows of one."""
+
+    spec: SearchSpec
+    num_tokens: int = 1
+    is_new: bool = True
+
+
+def make_search() -> DeviceSearch:
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter runs on machines without a GPU")
+    return DeviceSearch(
+        num_slots=NUM_SLOTS,
+        num_rows=NUM_ROWS,
+        max_target_tokens=MAX_TOKENS,
+        start_token_id=2,
+        eos_token_id=2,
+        entry_buckets=BUCKETS,
+        device=torch.device("cpu"),
+    )
+
+
+def draw_spec(generator: np.random.Generator, slots: FreeList, rows: FreeList) -> SearchSpec | None:
+    beam = int(generator.choice([1, 2, 4, 5]))
+    if not slots.num_free or rows.num_free < beam:
+        return None
+    options = SearchOptions(beam_size=beam, no_repeat_ngram_size=int(generator.choice([0, 0, 2, 3])))
+    return SearchSpec(slots.take(1)[0], rows.take(beam), 5, int(generator.integers(2, MAX_TOKENS + 1)), options)
+
+
+def expected_plan(fed: list[Sentence]) -> tuple[np.ndarray, StepShape]:
+    """Entries and groups one by one: all beams of every sentence, then the start tokens of new ones."""
+    entries = [(s.spec.source_slot, beam) for s in fed for beam in range(len(s.spec.beam_rows))]
+    groups, start = [], 0
+    for s in fed:
+        groups.append((s.spec.source_slot, start, len(s.spec.beam_rows)))
+        start += len(s.spec.beam_rows)
+    for s in fed:
+        if s.is_new:
+            groups.append((s.spec.source_slot, len(entries), 1))
+            entries.append((s.spec.source_slot, -1))
+    plan = np.zeros((5, BUCKETS[-1]), dtype=np.int32)
+    plan[[0, 2]] = -1
+    plan[:2, : len(entries)] = np.array(entries).T
+    plan[2:, : len(groups)] = np.array(groups).T
+    most = max(len(s.spec.beam_rows) for s in fed)
+    candidates = 1 if most == 1 else 8 if most <= 4 else 16
+    ngrams = tuple(sorted({s.spec.options.no_repeat_ngram_size for s in fed} - {0}))
+    return plan, StepShape(min(b for b in BUCKETS if b >= len(entries)), candidates, ngrams)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_compositions_are_those_of_a_plain_bookkeeper(seed: int) -> None:
+    """Sentences come, end by themselves, reach their limit, are dropped, and are all forgotten once."""
+    generator = np.random.default_rng(seed)
+    search, sentences = make_search(), []
+    slots, rows = FreeList(NUM_SLOTS), FreeList(NUM_ROWS)
+    in_flight: deque = deque()
+    status = np.zeros(NUM_SLOTS, dtype=np.int32)  # as the device would leave it
+    num_ended = num_removed = num_same = 0
+
+    def leave(gone: list[Sentence]) -> None:
+        for sentence in gone:
+            sentences.remove(sentence)
+            slots.give_back((sentence.spec.source_slot,))
+            rows.give_back(sentence.spec.beam_rows)
+
+    for number in range(120):
+        if sentences and generator.random() < 0.2:
+            gone = [s for s in sentences if generator.random() < 0.5]
+            search.remove({s.spec.source_slot for s in gone} | {NUM_SLOTS + 3})
+            leave(gone)
+            num_removed += len(gone)
+        if number == 60:  # a fault
+            search.clear()
+            in_flight.clear()
+            leave(list(sentences))
+        specs = [draw_spec(generator, slots, rows) for _ in range(int(generator.choice([0, 0, 0, 1, 3])))]
+        specs = [spec for spec in specs if spec is not None]
+        search.add(specs)
+        for spec in specs:
+            status[spec.source_slot] = 0
+        sentences += [Sentence(spec) for spec in specs]
+        if len(in_flight) == 2 or (in_flight and all(s.num_tokens >= s.spec.max_tokens for s in sentences)):
+            composition, members, left = in_flight.popleft()
+            closed = search.close(composition, left)
+            gone = [s for s in members if left[s.spec.source_slot] and s in sentences]
+            assert [s.spec for s in closed] == [s.spec for s in gone]
+            leave(gone)
+            num_ended += len(gone)
+        fed = [s for s in sentences if s.num_tokens < s.spec.max_tokens]
+        shape = search.plan()
+        if not fed:
+            assert shape is None
+            continue
+        plan, expected_shape = expected_plan(fed)
+        assert shape == expected_shape
+        assert np.array_equal(search._plan.numpy(), plan)
+        composition = search.took()
+        num_same += bool(in_flight) and in_flight[-1][0] is composition
+        for s in fed:
+            s.num_tokens, s.is_new = s.num_tokens + 1, False
+            if s.num_tokens >= s.spec.max_tokens or generator.random() < 0.1:
+                status[s.spec.source_slot] = 1
+        in_flight.append((composition, fed, status.copy()))
+    assert num_ended > 10
+    assert num_removed > 3
+    assert num_same > 3, "steps of the same sentences must not upload again"
