@@ -34,7 +34,8 @@ class FakeTranslator:
     """Upper-cases; a sentence takes as many steps as it has words, at most `max_rows` sentences at a time, the rest wait.
 
     Words with a meaning: `forever` never finishes, `boom` makes step() raise, `error` ends as ERROR, `late` as DEADLINE,
-    `cut` ends as LENGTH; a sentence of more than 20 words is too long. While `gate` is cleared, step() blocks.
+    `cut` ends as LENGTH; a sentence of more than 20 words is too long. While `gate` is cleared, step() blocks, and once
+    `is_held` it will not go on before the gate is set.
     """
 
     def __init__(self, *, max_rows: int = 4, max_waiting: int = 8, step_s: float = 0.0) -> None:
@@ -44,8 +45,10 @@ class FakeTranslator:
         self.step_s = step_s
         self.gate = threading.Event()
         self.gate.set()
+        self.is_held = False
         self.waiting: list[TranslationRequest] = []
         self.running: dict[str, tuple[TranslationRequest, int]] = {}
+        self.submitted: list[str] = []
         self.cancelled: list[str] = []
         self.num_steps = 0
         self.num_faults_in_a_row = 0
@@ -53,6 +56,7 @@ class FakeTranslator:
 
     def submit(self, request: TranslationRequest) -> None:
         self.threads.add(threading.current_thread().name)
+        self.submitted.append(request.request_id)
         if len(request.source_text.split()) > 20:
             raise RequestError("source_too_long", "more than 20 tokens")
         if len(self.waiting) >= self.max_waiting:
@@ -73,7 +77,10 @@ class FakeTranslator:
 
     def step(self) -> list[Translation]:
         self.threads.add(threading.current_thread().name)
-        self.gate.wait()
+        if not self.gate.is_set():
+            self.is_held = True
+            self.gate.wait()
+            self.is_held = False
         time.sleep(self.step_s)
         self.num_steps += 1
         while self.waiting and len(self.running) < self.max_rows:

@@ -202,7 +202,7 @@ def test_deadline_gives_504_and_frees_the_engine(make_service: Make) -> None:
     response = translate(make_service(main=engine), texts=["forever", "a"], timeout_s=0.2)
     assert error_of(response)["code"] == "deadline_exceeded"
     assert response.status_code == 504
-    give_up = time.monotonic() + 5
+    give_up = time.monotonic() + 60
     while engine.has_work and time.monotonic() < give_up:  # the engine's thread notices between two steps
         time.sleep(0.002)
     assert not engine.has_work

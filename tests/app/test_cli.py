@@ -100,7 +100,7 @@ def test_serve_says_at_once_that_the_port_is_busy() -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
         command = [sys.executable, "-m", "app.cli", "serve", "--port", str(port)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1
     assert f"127.0.0.1:{port}" in done.stderr
     assert f"--port {port + 1}" in done.stderr

@@ -88,22 +88,25 @@ class Handle:
         return asyncio.ensure_future(self.servers[0].replica.translate(sentences))
 
 
-async def eventually(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+async def eventually(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.002)
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scenario(), 20))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(scenario(), 120))  # type: ignore[arg-type]
 
 
-def slow() -> FakeTranslator:
-    """A word takes 10 ms."""
-    return FakeTranslator(max_rows=64, max_waiting=64, step_s=0.01)
+def held() -> FakeTranslator:
+    """Stays in its first step until its gate is set: what is called meanwhile is under way for certain."""
+    engine = FakeTranslator(max_rows=64, max_waiting=64)
+    engine.gate.clear()
+    return engine
 
 
 LONG = "x " * 20
+BUDGET_S = 100.0  # of calls that have to succeed
 
 
 async def connected(*servers: Server, watcher: Watcher | None = None) -> tuple[RayPool, Handle, Links]:
@@ -121,12 +124,12 @@ def test_first_call_takes_serves_way_and_the_next_ones_the_connection() -> None:
         server = Server("a")
         handle = Handle(server)
         pool = RayPool("p", handle, direct=True)
-        assert isinstance(await pool.translate(requests("a b"), 10), Translated)
+        assert isinstance(await pool.translate(requests("a b"), BUDGET_S), Translated)
         assert (handle.num_slow_calls, server.num_calls) == (1, 0)
         links = pool._links
         assert links is not None
         await eventually(lambda: any(link.takes_calls for link in links._links.values()))
-        replies = await asyncio.gather(*(pool.translate(requests("a b", "c", prefix=f"{i}-"), 10) for i in range(20)))
+        replies = await asyncio.gather(*(pool.translate(requests("a b", "c", prefix=f"{i}-"), BUDGET_S) for i in range(20)))
         assert [[t.request_id for t in reply.translations] for reply in replies] == [[f"{i}-0", f"{i}-1"] for i in range(20)]
         assert all([t.text for t in reply.translations] == ["A B", "C"] for reply in replies)
         assert (handle.num_slow_calls, server.num_calls) == (1, 20)
@@ -140,10 +143,10 @@ def test_refusals_and_full_queues_are_answers() -> None:
     async def scenario() -> None:
         server = Server("a", FakeTranslator(max_waiting=1))
         pool, _, _ = await connected(server)
-        refused = await pool.translate(requests("a", "w " * 21), 10)
+        refused = await pool.translate(requests("a", "w " * 21), BUDGET_S)
         assert isinstance(refused, Refused)
         assert (refused.index, refused.code) == (1, "source_too_long")
-        assert await pool.translate(requests("a", "b", "c", prefix="x"), 10) == Busy()
+        assert await pool.translate(requests("a", "b", "c", prefix="x"), BUDGET_S) == Busy()
         server.stop()
 
     run(scenario)
@@ -153,10 +156,10 @@ def test_calls_go_where_the_fewest_sentences_are_under_way() -> None:
     async def scenario() -> None:
         a, b = Server("a"), Server("b")
         pool, _, _ = await connected(a, b)
-        calls = [asyncio.create_task(pool.translate(requests("forever", "forever", "forever", prefix="big"), 10))]
+        calls = [asyncio.create_task(pool.translate(requests("forever", "forever", "forever", prefix="big"), BUDGET_S))]
         await eventually(lambda: a.num_calls + b.num_calls == 1)
         first, other = (a, b) if a.num_calls else (b, a)
-        calls += [asyncio.create_task(pool.translate(requests("forever", prefix=f"{i}-"), 10)) for i in range(3)]
+        calls += [asyncio.create_task(pool.translate(requests("forever", prefix=f"{i}-"), BUDGET_S)) for i in range(3)]
         await eventually(lambda: a.num_calls + b.num_calls == 4)
         assert (first.num_calls, other.num_calls) == (1, 3)
         for call in calls:
@@ -170,12 +173,14 @@ def test_calls_go_where_the_fewest_sentences_are_under_way() -> None:
 
 def test_a_call_whose_connection_breaks_is_made_again_elsewhere() -> None:
     async def scenario() -> None:
-        a, b = Server("a", slow()), Server("b", slow())
+        a, b = Server("a", held()), Server("b", held())
         watcher = Watcher()
         pool, _, links = await connected(a, b, watcher=watcher)
-        call = asyncio.create_task(pool.translate(requests(LONG), 10))
-        await eventually(lambda: a.translator.running or b.translator.running)
+        before = dict(links._links)  # a look at Serve's list makes new ones
+        call = asyncio.create_task(pool.translate(requests(LONG), BUDGET_S))
+        await eventually(lambda: a.translator.is_held or b.translator.is_held)
         first, other = (a, b) if a.num_calls else (b, a)
+        other.translator.gate.set()
         first.hang_up()
         reply = await call
         assert isinstance(reply, Translated)
@@ -183,8 +188,9 @@ def test_a_call_whose_connection_breaks_is_made_again_elsewhere() -> None:
         assert (first.num_calls, other.num_calls, watcher.lost) == (1, 1, [("p", "ReplicaGoneError")])
         assert watcher.ended == [("p", "direct", "lost"), ("p", "direct", "translated")]
         assert (watcher.num_open, watcher.links[0]) == (0, 2)
-        assert first.translator.cancelled == ["r0"]  # nobody waits there any more
-        assert [link.is_open for link in links._links.values()].count(True) == 1
+        assert (before[first.name].is_open, before[other.name].is_open) == (False, True)
+        first.translator.gate.set()
+        await eventually(lambda: first.translator.cancelled == ["r0"])  # nobody waits there any more
         for server in (a, b):
             server.stop()
 
@@ -193,9 +199,9 @@ def test_a_call_whose_connection_breaks_is_made_again_elsewhere() -> None:
 
 def test_the_second_loss_is_an_error_with_retry_after() -> None:
     async def scenario() -> None:
-        a, b = Server("a", slow()), Server("b", slow())
+        a, b = Server("a", held()), Server("b", held())
         pool, _, _ = await connected(a, b)
-        call = asyncio.create_task(pool.translate(requests(LONG), 10))
+        call = asyncio.create_task(pool.translate(requests(LONG), BUDGET_S))
         await eventually(lambda: a.num_calls + b.num_calls == 1)
         first, second = (a, b) if a.num_calls else (b, a)
         first.hang_up()
@@ -214,18 +220,19 @@ def test_a_caller_that_goes_away_or_runs_out_of_time_takes_its_work_back() -> No
     async def scenario() -> None:
         server = Server("a")
         pool, _, links = await connected(server)
-        call = asyncio.create_task(pool.translate(requests("forever", "forever"), 10))
+        call = asyncio.create_task(pool.translate(requests("forever", "forever"), BUDGET_S))
         await eventually(lambda: len(server.translator.running) == 2)
         call.cancel()
         with suppress(asyncio.CancelledError):
             await call
         await eventually(lambda: not server.translator.running)
         with pytest.raises(ServiceError) as error:
-            await pool.translate(requests("forever", prefix="late"), 0.05)
+            await pool.translate(requests("forever", prefix="late"), 0.2)
         assert error.value.code == "deadline_exceeded"
-        await eventually(lambda: not server.translator.running)
-        assert sorted(server.translator.cancelled) == ["late0", "r0", "r1"]
-        assert server.replica._thread.num_pending == 0
+        await eventually(lambda: server.replica._thread.num_pending == 0 and not server.translator.has_work)
+        # Of all that the engine got: on a busy machine the time may run out before `late0` comes to it.
+        assert sorted(server.translator.cancelled) == sorted(server.translator.submitted)
+        assert {"r0", "r1"} <= set(server.translator.cancelled)
         (link,) = links._links.values()
         assert (link.num_sentences, link._waiting) == (0, {})
         server.stop()
@@ -235,7 +242,7 @@ def test_a_caller_that_goes_away_or_runs_out_of_time_takes_its_work_back() -> No
 
 def test_a_replica_that_stops_answers_what_it_has_and_gets_nothing_new() -> None:
     async def scenario() -> None:
-        a, b = Server("a", slow()), Server("b")
+        a, b = Server("a", held()), Server("b")
         pool, _, links = await connected(a, b)
         link = links._links["a"]
         old = asyncio.create_task(link.call(requests(LONG), {}))
@@ -246,8 +253,9 @@ def test_a_replica_that_stops_answers_what_it_has_and_gets_nothing_new() -> None
         a.calls.stop_taking_calls()
         await eventually(lambda: not link.takes_calls)
         for i in range(5):
-            assert isinstance(await pool.translate(requests("x", prefix=f"{i}-"), 10), Translated)
+            assert isinstance(await pool.translate(requests("x", prefix=f"{i}-"), BUDGET_S), Translated)
         assert (a.num_calls, b.num_calls) == (1, 5)
+        a.translator.gate.set()
         assert isinstance(await old, Translated)
         for server in (a, b):
             server.stop()
@@ -257,12 +265,16 @@ def test_a_replica_that_stops_answers_what_it_has_and_gets_nothing_new() -> None
 
 def test_a_stopping_replica_drains_before_it_closes() -> None:
     async def scenario() -> None:
-        server = Server("a", slow())
+        server = Server("a", held())
         pool, _, links = await connected(server)
         link = links._links["a"]
-        call = asyncio.create_task(pool.translate(requests(LONG), 10))
-        await eventually(lambda: server.translator.running)
-        await server.replica.stopped_by_serve()
+        call = asyncio.create_task(pool.translate(requests(LONG), BUDGET_S))
+        await eventually(lambda: server.translator.is_held)
+        stopping = asyncio.create_task(server.replica.stopped_by_serve())
+        await eventually(lambda: server.replica._thread._stopping)
+        assert link.is_open
+        server.translator.gate.set()
+        await stopping
         assert not server.translator.has_work
         assert isinstance(await call, Translated)
         await eventually(lambda: not link.is_open)
@@ -325,7 +337,7 @@ def test_strangers_are_cut_off_and_disturb_nobody(sent: bytes) -> None:
             assert await reader.read() == b""  # closed without a word
         writer.close()
         assert server.num_calls == 0
-        assert isinstance(await pool.translate(requests("x"), 10), Translated)
+        assert isinstance(await pool.translate(requests("x"), BUDGET_S), Translated)
         server.stop()
 
     run(scenario)
@@ -341,7 +353,7 @@ def test_nonsense_after_the_hello_ends_that_connection_only() -> None:
             writer.write(json.dumps(["hello", address.secret]).encode() + b"\n" + nonsense.encode() + b"\n")
             assert await reader.read() == b""
             writer.close()
-        assert isinstance(await pool.translate(requests("x"), 10), Translated)
+        assert isinstance(await pool.translate(requests("x"), BUDGET_S), Translated)
         assert len(server.calls.peers) == 1
         server.stop()
 

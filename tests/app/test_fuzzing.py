@@ -82,7 +82,7 @@ class Fuzzed:
             "client": ("1.2.3.4", 5),
             "server": ("service", 80),
         }
-        asyncio.run(asyncio.wait_for(self.api(scope, receive, send), 20))
+        asyncio.run(asyncio.wait_for(self.api(scope, receive, send), 120))
         starts = [message for message in sent if message["type"] == "http.response.start"]
         assert len(starts) == 1
         answer = b"".join(message.get("body", b"") for message in sent if message["type"] == "http.response.body")
@@ -92,7 +92,7 @@ class Fuzzed:
 @pytest.fixture(scope="module")
 def fuzzed() -> Iterator[Fuzzed]:
     settings_ = ServiceSettings.model_validate(SETTINGS)
-    service = Service(settings_, {name: FakeTranslator() for name in settings_.pools})
+    service = Service(settings_, {name: FakeTranslator(max_waiting=64) for name in settings_.pools})  # what was given up too
     yield Fuzzed(service)
     service.stop()
 
@@ -217,7 +217,7 @@ def test_a_body_that_trickles_is_given_up(make_service: Callable[..., Service]) 
         await service.api(scope, receive, send)
         return sent[0]["status"], sent[1]["body"]
 
-    status, body = asyncio.run(asyncio.wait_for(scenario(), 10))
+    status, body = asyncio.run(asyncio.wait_for(scenario(), 60))
     assert (status, json.loads(body)["error"]["code"]) == (408, "body_too_slow")
 
 
@@ -230,4 +230,4 @@ def test_a_body_in_time_does_not_shorten_the_work(make_service: Callable[..., Se
             response = await client.post("/v1/translate", json={**GOOD, "texts": ["a b c d e"]})
             return response.status_code
 
-    assert asyncio.run(asyncio.wait_for(scenario(), 10)) == 200
+    assert asyncio.run(asyncio.wait_for(scenario(), 60)) == 200

@@ -66,7 +66,8 @@ def test_merging_keeps_every_sample_and_each_family_together() -> None:
     assert samples(merge_pages([PAGE_A, PAGE_B])) == samples(PAGE_A) | samples(PAGE_B)
 
 
-def test_relay_joins_the_nodes_that_answer() -> None:
+def test_relay_joins_the_nodes_that_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.prometheus._TIMEOUT_S", 60.0)  # a busy machine is no node that does not answer
     with exporter(PAGE_A) as a, exporter(PAGE_B) as b:
         urls = [a, "http://127.0.0.1:9/metrics", b]
         assert samples(asyncio.run(MetricsRelay(lambda: urls).page())) == samples(PAGE_A) | samples(PAGE_B)
@@ -138,7 +139,7 @@ def test_counts_are_added_up_and_handed_over_soon() -> None:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    give_up_s = time.monotonic() + 20
+    give_up_s = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < give_up_s
         time.sleep(0.01)

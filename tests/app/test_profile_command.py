@@ -34,7 +34,7 @@ def test_a_checkpoint_is_profiled(checkpoint: Path, tmp_path: Path, capsys: pyte
     assert (profile.device, profile.beam_size, profile.max_batch, profile.estimated) == ("L4", 2, 4, False)
     assert [rows for rows, _ in profile.step_points] == [2.0, 4.0, 8.0]
     assert profile.born.method.endswith("a test")
-    assert profile.startup_s > 0.5  # a process that imports torch
+    assert profile.startup_s > 0.1  # a process that imports torch, on the fastest machine
     assert profile.memory_bytes > 1e7
     assert profile.length_step == LENGTH_STEP == CACHE_STEP
     assert "per decode step" in capsys.readouterr().out

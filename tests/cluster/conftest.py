@@ -44,7 +44,7 @@ def start_fleet(
             yield fleet
         finally:
             fleet.shutdown()
-        give_up = time.monotonic() + 20
+        give_up = time.monotonic() + 60
         while left := _processes_with(ray_environment):
             assert time.monotonic() < give_up, f"processes of the cluster are still there: {left}"
             time.sleep(0.5)

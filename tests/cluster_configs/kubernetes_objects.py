@@ -23,7 +23,7 @@ _RAY_SERVICE = load(Path(__file__).with_name("rayservice.schema.yaml"))
 def render(folder: Path) -> str:
     """The YAML that `kubectl apply -k` would send; raises CalledProcessError where kustomize refuses."""
     command = [tool("kubectl"), "kustomize", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
 
 
 def objects(folder: Path) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ def steps() -> list[tuple[str, str]]:
 
 def hadolint(path: Path) -> subprocess.CompletedProcess[str]:
     command = [tool("hadolint"), "--no-color", "--format=json", str(path)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_hadolint_has_no_complaint() -> None:

@@ -64,7 +64,7 @@ def rules() -> list[dict[str, Any]]:
 
 def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [tool("promtool"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])

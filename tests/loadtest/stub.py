@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any
 
+import pytest
 from aiohttp import web
+
+from tests.loadtest.virtual_time import run_virtually
 
 Delay = Callable[[int], float]  # seconds by number of the request
 
@@ -29,6 +33,7 @@ class StubService:
     ) -> None:
         self.bodies: list[dict[str, object]] = []
         self.arrived_s: list[float] = []
+        self.answered_s: dict[int, float] = {}  # when the answer to the i-th request was begun
         self._delay_s = delay_s
         self._kinds = kinds or {}
         self._server = asyncio.Lock() if one_by_one else None
@@ -59,6 +64,7 @@ class StubService:
     async def _reset(self, request: web.Request) -> web.Response:
         self.bodies.clear()
         self.arrived_s.clear()
+        self.answered_s.clear()
         return web.Response()
 
     async def _translate(self, request: web.Request) -> web.StreamResponse:
@@ -71,6 +77,7 @@ class StubService:
         async with self._server or contextlib.nullcontext():
             await asyncio.sleep(self._delay_s(number))
         await self._thaw()
+        self.answered_s[number] = loop.time()
         return await self._answer(request, body, self._kinds.get(number, "ok"), self._delay_s(number))
 
     async def _thaw(self) -> None:
@@ -113,9 +120,22 @@ def stub_in_thread(delay_s: Delay) -> Iterator[str]:
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
     thread.start()
-    assert started.wait(10)
+    assert started.wait(60)
     try:
         yield urls[0]
     finally:
         stop.set()
         thread.join(10)
+
+
+@contextlib.contextmanager
+def stub_in_virtual_time(delay_s: Delay) -> Iterator[str]:
+    """Base URL of a stub that serves whatever asyncio.run runs in the block, in virtual time."""
+
+    async def beside_the_stub(main: Coroutine[Any, Any, Any]) -> Any:
+        async with StubService(delay_s).serving(8000):
+            return await main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio, "run", lambda main: run_virtually(beside_the_stub(main)))
+        yield "http://127.0.0.1:8000"

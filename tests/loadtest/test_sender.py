@@ -16,8 +16,6 @@ from tests.loadtest.runs import SINGLE, at_times, context, measure, poisson
 from tests.loadtest.stub import StubService
 from tests.loadtest.virtual_time import run_virtually
 
-pytestmark = pytest.mark.real_time
-
 
 def lognormal_delays(count: int) -> list[float]:
     return np.random.default_rng(9).lognormal(np.log(0.15), 0.6, size=count).tolist()

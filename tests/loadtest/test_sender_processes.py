@@ -33,7 +33,7 @@ from tests.loadtest.stub import StubService, stub_in_thread
 
 pytestmark = pytest.mark.real_time
 
-OPTIONS = SenderOptions(timeout_s=20, max_in_flight=400)
+OPTIONS = SenderOptions(timeout_s=120, max_in_flight=400)
 
 
 def numbered(count: int) -> list[PlannedRequest]:
@@ -104,12 +104,17 @@ def test_three_processes_send_what_one_sends():
 
 
 def test_all_processes_count_from_the_same_moment():
-    """A request reaches the stub, whose clock is the machine's, when its record says, up to one constant for all of them."""
+    """By the stub's clock, the machine's, a request arrives after it was sent, and its answer after it was made.
+
+    So each process's zero lies between two moments, the shortest ways apart, and one moment has to suit all three.
+    """
     stub, schedule = StubService(), poisson(60, 2)
     recording, _ = send(stub, schedule, 3)
-    arrived = np.array(stub.arrived_s)[np.argsort(numbers(stub))]
-    origin = [(arrived - recording.sent_s)[number::3].min() for number in range(3)]  # and the shortest way
-    assert max(origin) - min(origin) < 0.05
+    order = np.argsort(numbers(stub))
+    latest = np.array(stub.arrived_s)[order] - recording.sent_s
+    earliest = np.array([stub.answered_s[i] for i in range(len(order))])[order] - recording.done_s
+    bounds = [(earliest[number::3].max(), latest[number::3].min()) for number in range(3)]
+    assert max(low for low, _ in bounds) <= min(high for _, high in bounds), bounds
 
 
 def test_a_killed_process_stops_the_run_and_every_request_is_accounted_for():
@@ -121,7 +126,7 @@ def test_a_killed_process_stops_the_run_and_every_request_is_accounted_for():
     assert sent - arrived <= set(range(1, len(schedule.times_s), 3))  # at most what lay in the dead process's hands
     unsent = {number for first, last in recording.never_sent() for number in range(first, last + 1)}
     assert unsent == set(range(len(schedule.times_s))) - sent
-    assert len(unsent) > 1000
+    assert len(unsent) > 100  # of 1,800; after a second, or later where the machine is slow
     mine = sorted(unsent & set(range(1, len(schedule.times_s), 3)))
     (fault,) = faults
     assert "sender process 2 of 3 was killed by signal 9" in fault
@@ -139,7 +144,7 @@ def test_the_lag_of_one_process_is_in_the_lag_of_the_run():
         time.sleep(0.6)  # the stub stands still too, but is not late by it: it sends nothing
         os.kill(process.pid, signal.SIGCONT)
 
-    stub, schedule = StubService(), poisson(80, 3)
+    stub, schedule = StubService(), poisson(60, 5)  # a busy machine may be late with the freeze
     recording, faults = send(stub, schedule, 3, freeze, after_s=0.5)
     assert faults == []
     lag = recording.sent_s - recording.intended_s
@@ -151,15 +156,16 @@ def test_the_lag_of_one_process_is_in_the_lag_of_the_run():
 def test_a_result_of_several_processes_says_so_and_merges_their_requests():
     async def run(num_processes: int):
         schedule = poisson(40, 2)
-        options = SenderOptions(timeout_s=20, num_processes=num_processes)
+        options = SenderOptions(timeout_s=120, num_processes=num_processes)
         async with StubService(lambda i: 0.2 if i % 10 else 1.0).serving() as url:
-            return await Execution(context(url, schedule, options=options, max_lag_s=2.0)).run()
+            return await Execution(context(url, schedule, options=options, max_lag_s=60.0)).run()
 
     one, two = asyncio.run(run(1)), asyncio.run(run(2))
     assert (one.client.num_processes, two.client.num_processes) == (1, 2)
     assert one.counts == two.counts
     assert one.latency.count == two.latency.count == one.client.send_lag.count == two.client.send_lag.count
-    assert one.rates.source_chars_per_s == two.rates.source_chars_per_s
+    sums = [sum(pair.source_chars for pair in run.by_pair) for run in (one, two)]
+    assert sums[0] == sums[1] > 0
     assert two.server_timing["total"].max_s == pytest.approx(1.0, rel=0.01)
     assert two.client.cpu_fraction > 0
     assert two.valid, two.invalid_because
@@ -169,15 +175,15 @@ def test_early_stopping_looks_at_all_processes():
     async def run():
         slo = ServiceLevel(latency_s=0.2, percentile=95)
         detector = VerdictDetector(slo, 0.95, 0.0, [50.0])
-        options = SenderOptions(timeout_s=20, num_processes=2)
+        options = SenderOptions(timeout_s=120, num_processes=2)
         async with StubService(lambda _: 1.0).serving() as url:
-            execution = Execution(context(url, poisson(40, 60), slo=slo, options=options, max_lag_s=5.0), detector=detector)
+            execution = Execution(context(url, poisson(40, 60), slo=slo, options=options, max_lag_s=60.0), detector=detector)
             return await execution.run(), execution.decided_early
 
     result, early = asyncio.run(run())
     assert early
     assert result.slo_verdict == "missed"
-    assert 0 < result.counts.sent < 2000
+    assert 0 < result.counts.sent < result.schedule.num_scheduled
     assert result.counts.pending == 0
     assert result.never_sent[-1][1] == result.schedule.num_scheduled - 1
     assert result.valid, result.invalid_because
@@ -200,9 +206,16 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in listed if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
+def is_running(pid: int) -> bool:
+    """Not if it has ended and nobody has collected it."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    return False
+
+
 @contextlib.contextmanager
 def command(url: str, output: Path):
-    arguments = ["--rate", "40", "--duration", "60", "--processes", "2", "--max-lag-ms", "2000", "--output", str(output)]
+    arguments = ["--rate", "40", "--duration", "60", "--processes", "2", "--max-lag-ms", "60000", "--output", str(output)]
     process = subprocess.Popen(
         [sys.executable, "-m", "loadtest", "run", "--url", url, *arguments, "--no-progress"],
         stdout=subprocess.PIPE,
@@ -219,7 +232,7 @@ def command(url: str, output: Path):
 
 
 def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -230,7 +243,7 @@ def test_ctrl_c_ends_a_run_of_two_processes_and_keeps_what_was_measured(tmp_path
     with stub_in_thread(lambda i: seen.append(i) or 0.1) as url, command(url, tmp_path / "run.json") as process:
         until(lambda: len(seen) > 40)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the sender processes too
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=180)
     assert process.returncode == 1, output
     run = load_result(tmp_path / "run.json")
     assert run.counts.sent == run.counts.ok >= 10
@@ -247,7 +260,7 @@ def test_sender_processes_end_with_the_one_that_started_them(tmp_path):
         assert len(senders) == 2
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in senders))
+        until(lambda: not any(map(is_running, senders)))
 
 
 @pytest.mark.parametrize(

@@ -63,11 +63,12 @@ class Controller:
 
     def run(self, seconds: float) -> None:
         end = time.monotonic() + seconds
+        self.tick()  # once at least, however late it is
         while time.monotonic() < end:
-            self.tick()
             time.sleep(0.01)
+            self.tick()
 
-    def until(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    def until(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         end = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < end, [(pool.id.name, pool.target) for pool in self.pools]
@@ -97,7 +98,7 @@ def controller(plans: list[dict[str, PoolPlan]]) -> Iterator[Callable[..., Contr
     made.clear()
     gc.collect()
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
         assert not thread.is_alive(), "a policy that Serve forgot still has its thread"
 
 
@@ -111,7 +112,7 @@ def test_follows_the_load_up_and_down_and_replays_bit_for_bit(controller: Callab
     serve = controller(a, b, ingress, log_path=str(tmp_path / "log"))
     serve.until(lambda: a.target == 3)
     serve.until(lambda: b.target == 0)
-    assert serve.published[-1]["a"].offered_per_s == pytest.approx(120, rel=0.25)
+    serve.until(lambda: serve.published[-1]["a"].offered_per_s == pytest.approx(120, rel=0.25))
     a.rate_per_s = 480.0
     serve.until(lambda: a.target >= 10)
     a.rate_per_s = 0.0
@@ -160,7 +161,7 @@ def test_a_profile_and_the_lengths_seen_set_the_count_and_the_log_needs_neither(
     pools = {"a": {"profile": str(path), "startup_s": 60, "source_tokens": 20, "target_tokens": 20}}
     serve = controller(a, pools=pools, log_path=str(tmp_path / "log"), lengths_path=str(tmp_path / "lengths.json"))
     wanted = math.ceil(a.rate_per_s / real)
-    serve.until(lambda: a.target >= wanted, timeout_s=40)
+    serve.until(lambda: a.target >= wanted)
     path.unlink()
     verdict = verify(tmp_path / "log")
     assert verdict.num_decisions > 3
@@ -221,7 +222,7 @@ def test_silence_holds_every_count(controller: Callable[..., Controller]) -> Non
     serve.until(lambda: a.target >= 5)
     for one in (a, b):
         one.report, one.rate_per_s = False, 0.0
-    serve.run(0.7)
+    serve.until(lambda: serve.published[-1]["a"].reason == "no_metrics")
     held = a.target
     serve.run(1.0)
     assert (a.target, b.target) == (held, 1)
@@ -251,6 +252,7 @@ def test_wrong_settings_hold_and_are_shown(controller: Callable[..., Controller]
     monkeypatch.setattr(publish.Publisher, "_put", lambda self, value: stored.append(value))
     a = pool("a", target=4, running=4)
     serve = controller(a, intervall_s=3)
+    serve.until(lambda: bool(stored))
     serve.run(0.2)
     assert a.target == 4
     assert len(stored) == 1
@@ -276,7 +278,9 @@ def test_a_planner_that_is_stuck_is_not_followed_for_ever(
     a.rate_per_s = 120.0
     serve = controller(a)
     serve.until(lambda: a.target == 3)
-    monkeypatch.setattr("app.autoscaling.planner.FleetPlanner._decide", lambda self, decisions: None)
+    is_stuck = threading.Event()
+    monkeypatch.setattr("app.autoscaling.planner.FleetPlanner._decide", lambda *_: is_stuck.set())
+    assert is_stuck.wait(60)  # the last decision is behind it
     time.sleep(0.6)
     a.target = 7
     a.set_running(7)

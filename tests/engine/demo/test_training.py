@@ -165,6 +165,7 @@ def test_network_agrees_with_transformers_and_files_round_trip(tmp_path: Path) -
 
 
 def test_sparse_gradient_reaches_chosen_experts_only() -> None:
+    torch.manual_seed(0)
     network = TrainingNetwork(small_config(64), dropout=0.0, label_smoothing=0.0, balance_weight=0.0)
     sparse = network.encoder[1].ff  # type: ignore[union-attr]
     x = torch.randn(1, 1, 32)
