@@ -14,8 +14,7 @@ import torch
 
 from kernels.attention_checks import attention_failures
 from kernels.compile_ahead import Job, compile_ahead
-from kernels.expert_checks import check_expert_case, expert_cases, pipelined_cases
-from kernels.expert_gemm.jobs import ffn_jobs
+from kernels.expert_checks import check_expert_case, expert_case_jobs, expert_cases, pipelined_cases
 from kernels.head_checks import failed_head_checks, head_check_jobs
 from kernels.layernorm_checks import LAYERNORM_SIZES, check_add_layernorm
 from kernels.linear_checks import linear_check_jobs, linear_failures
@@ -32,7 +31,7 @@ def all_jobs(dtypes: tuple[torch.dtype, ...]) -> list[Job]:
         job
         for dtype in dtypes
         for c in (*expert_cases(large=True), *pipelined_cases())
-        for job in ffn_jobs(c.d_model, c.d_ff, c.top_k, c.precision.bits, c.precision.group_size, c.tiles, dtype)
+        for job in expert_case_jobs(c, dtype)
     ]
     jobs += [job for dtype in dtypes for job in linear_check_jobs(dtype)]
     jobs += [job for dtype in dtypes for job in int8_rows_check_jobs(dtype)]

@@ -39,12 +39,24 @@ def wait_for_inputs(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def let_next_start_and_wait(OVERLAP: tl.constexpr):
+    """As `wait_for_inputs`, but the next kernel may start before this one waits, so beside the kernels before this one."""
+    let_next_start(OVERLAP)
+    wait_for_kernels_before(OVERLAP)
+
+
+@triton.jit
+def ask_for_bytes(ptr, size):
+    """One thread asks for `size` bytes from the scalar `ptr` on in L2; address and size are multiples of 16."""
+    tl.inline_asm_elementwise(_PREFETCH_PIECE, "=r,l,r", [ptr.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def prefetch_piece(ptr, SIZE: tl.constexpr, OVERLAP: tl.constexpr):
     """Ask for SIZE bytes from the scalar `ptr` on in L2. Inputs may be asked for before the wait: whoever still writes them
     writes to L2 too. Nothing is asked for without OVERLAP, or where SIZE is no multiple of 16."""
     if OVERLAP and SIZE % 16 == 0:
-        address = ptr.to(tl.int64) & -16
-        tl.inline_asm_elementwise(_PREFETCH_PIECE, "=r,l,r", [address, SIZE], dtype=tl.int32, is_pure=False, pack=1)
+        ask_for_bytes(ptr.to(tl.int64) & -16, SIZE)
 
 
 @triton.jit

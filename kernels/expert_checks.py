@@ -7,7 +7,9 @@ import dataclasses
 import torch
 
 from kernels.cases import PRECISIONS, Precision
+from kernels.compile_ahead import Job
 from kernels.expert_gemm import FfnTiles, PackedExperts, expert_ffn, expert_ffn_reference
+from kernels.expert_gemm.jobs import ffn_jobs
 from kernels.route import order_reference
 from kernels.routing import Routing
 from kernels.testing import random_experts, relative_error
@@ -119,6 +121,12 @@ def pipelined_cases() -> list[ExpertCase]:
             for tokens, pattern in meetings
         ),
     ]
+
+
+def expert_case_jobs(case: ExpertCase, dtype: torch.dtype) -> list[Job]:
+    """What a case compiles."""
+    p = case.precision
+    return ffn_jobs(case.d_model, case.d_ff, case.top_k, p.bits, p.group_size, case.tiles, dtype)
 
 
 def make_expert_ids(case: ExpertCase, generator: torch.Generator) -> torch.Tensor:

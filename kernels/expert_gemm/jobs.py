@@ -12,6 +12,7 @@ from kernels.expert_gemm.launcher import ffn_constants, gemm_constants, launch_o
 from kernels.expert_gemm.tiles import FfnTiles
 
 _MODULE = "kernels.expert_gemm.kernel"
+_FUSED = "kernels.expert_gemm.fused"
 _PIPELINED = "kernels.expert_gemm.hopper.kernel"
 
 
@@ -50,7 +51,7 @@ def ffn_jobs(
             64,
         )
         constants = ffn_constants(d_model, d_ff, top_k, bits, group_size, tiles, asm=True, on_gpu=True)
-        return [(_MODULE, "expert_ffn_kernel", args, {**constants, **options})]
+        return [(_FUSED, "expert_ffn_kernel", args, {**constants, **options})]
     args = (dtype, weight, scale, dtype, f32, i32, i32, i32, dtype)
     return [
         (

@@ -129,7 +129,7 @@ def _launch_ffn(
     hidden: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    from kernels.expert_gemm.kernel import expert_ffn_kernel
+    from kernels.expert_gemm.fused import expert_ffn_kernel
 
     num_pairs, max_tiles = routing.gather_index.numel(), routing.tiles.shape[0]
     d_model, d_ff = fc1.num_inputs, fc1.num_features

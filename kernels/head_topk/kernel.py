@@ -14,6 +14,8 @@ maxima and sums apart.
 import triton
 import triton.language as tl
 
+from kernels.dependency import let_next_start_and_wait, wait_for_inputs
+
 
 @triton.jit
 def _ordered(value):
@@ -148,9 +150,7 @@ def head_start_kernel(
 ):
     """One program: N thresholds that everything reaches, and (FLAGS > 0) for each BV tokens whether some row may not choose
     one of them."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()  # the next kernel waits for this one before it reads anything
-        tl.extra.cuda.gdc_wait()
+    let_next_start_and_wait(OVERLAP)  # the next kernel waits for this one before it reads anything
     block = tl.arange(0, BLOCK)
     for start in range(0, N, BLOCK):
         tl.store(threshold_ptr + start + block, tl.full((BLOCK,), -(2**31), tl.int32), mask=start + block < N)
@@ -195,9 +195,7 @@ def head_chunk_kernel(
 ):
     """One program = one chunk of the vocabulary x (BR + BR2) rows; BR2 rows (0: none) share its reads of the weights.
     x, w and x_rest are pointers, or tensor descriptors of blocks [BR, BK], [BV, BK] and [BR2, BK] with TMA."""
-    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(OVERLAP)
     ROWS: tl.constexpr = BR + BR2
     row_tiles = tl.cdiv(R, ROWS)
     chunk = tl.program_id(0) // row_tiles  # row tiles of one chunk run side by side: its weights come from L2 again
@@ -323,9 +321,7 @@ def head_merge_kernel(
     """One program = one row: log-sum-exp over all chunks; the K best logits lie in the K chunks that are best by
     (maximum, lower index), and only those are read. LANED: the order in which `specialized` writes the logits of a chunk.
     P_PAD > 0: maxima and sums lie apart, as `online` tells them: sums by its P programs, of all tokens, banned or not."""
-    if OVERLAP:  # inputs may still be being written, and outputs read, by the kernels before
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     C = tl.cdiv(V, BV)
     c = tl.arange(0, C_PAD)

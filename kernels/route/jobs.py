@@ -8,8 +8,6 @@ from kernels.compile_ahead import Job
 from kernels.route.constants import few_constants, gate_constants, order_constants
 from kernels.route.tiles import GateTiles
 
-_MODULE = "kernels.route.kernel"
-
 
 def route_jobs(
     d_model: int, num_experts: int, top_k: int, dtype: torch.dtype, tiles: GateTiles, *, block_tokens: int = 16
@@ -22,8 +20,8 @@ def route_jobs(
     head = (dtype, f32, f32, torch.uint8, f32, i32, i32, f32)
     jobs: list[Job] = [("kernels.route.few", "route_few_kernel", (*head, *lists, 17, 400, 0.8), few)]
     gate = gate_constants(d_model, num_experts, top_k, tiles, dtype, on_gpu=True) | flags
-    jobs.append((_MODULE, "gate_kernel", (dtype, f32, f32, torch.uint8, f32, i32, i32, f32, 320, 0.8), gate))
+    jobs.append(("kernels.route.kernel", "gate_kernel", (dtype, f32, f32, torch.uint8, f32, i32, i32, f32, 320, 0.8), gate))
     for pairs in (320 * top_k, 4096 * top_k):
         order = order_constants(pairs, num_experts, block_tokens)
-        jobs.append((_MODULE, "expert_order_kernel", (*(i32,) * 9, pairs, 400, 20), order))
+        jobs.append(("kernels.route.order", "expert_order_kernel", (*(i32,) * 9, pairs, 400, 20), order))
     return jobs

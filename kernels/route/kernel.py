@@ -1,13 +1,13 @@
-"""The router in two launches: gate GEMM with softmax and top-k; expert order. `few.py` has the one launch for few tokens.
+"""The first launch of the router: gate GEMM with softmax and top-k. `order` is the second; `few` does both for few tokens.
 
-T tokens, D d_model, E experts (E_PAD the next power of two), P = T * TOP_K pairs.
+T tokens, D d_model, E experts (E_PAD the next power of two).
 """
 
 import triton
 import triton.language as tl
 
 from kernels.dependency import prefetch_lines, wait_for_inputs
-from kernels.route.choice import choose, store_lists, sum_of_parts, zero
+from kernels.route.choice import choose, sum_of_parts
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def gate_kernel(
 ):
     """The first programs compute a tile of partial logits each. Every other one waits for the tiles of its CHOOSE tokens,
     adds the parts of D in order and chooses. It waits for programs of smaller numbers alone, and those start first: no
-    program waits for one that cannot start. `expert_order_kernel` zeroes the semaphores."""
+    program waits for one that cannot start. `order` zeroes the semaphores."""
     tiles = (T + BT - 1) // BT * (SPLIT * EXPERT_PARTS)
     program = tl.program_id(0)
     if program < tiles:
@@ -167,69 +167,3 @@ def gate_kernel(
         logits = sum_of_parts(ptrs, T.to(tl.int64) * E_PAD, live, bias_ptr, e, E, SPLIT, HAS_BIAS)
         dtype: tl.constexpr = x_ptr.dtype.element_ty
         choose(logits, rows, live, e, active_ptr, ids_ptr, gates_ptr, gate_scale, E, TOP_K, HAS_ACTIVE, EPS, dtype)
-
-
-@triton.jit
-def _smaller(ids, expert):
-    """How many of these pairs belong to smaller experts."""
-    return tl.sum(((ids >= 0) & (ids < expert)).to(tl.int32), 0)
-
-
-@triton.jit
-def _place(ids, pair, expert, before, gather_ptr, scatter_ptr):
-    """Store where the pairs of one expert stand in expert order, from position `before` on; returns the next position."""
-    mine = ids == expert
-    position = before + tl.cumsum(mine.to(tl.int32), 0) - 1
-    tl.store(gather_ptr + position, pair, mask=mine)
-    tl.store(scatter_ptr + pair, position, mask=mine)
-    return before + tl.sum(mine.to(tl.int32), 0)
-
-
-@triton.jit(do_not_specialize=["P", "sync_words", "semaphore_words"])
-def expert_order_kernel(
-    ids_ptr,
-    counts_ptr,
-    offsets_ptr,
-    gather_ptr,
-    scatter_ptr,
-    tiles_ptr,
-    num_tiles_ptr,
-    sync_ptr,
-    semaphore_ptr,
-    P,
-    sync_words,
-    semaphore_words,
-    E: tl.constexpr,
-    E_PAD: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Program e < E places the pairs of expert e: it counts those of smaller experts itself, so nobody waits for anybody.
-    It zeroes a share of `sync` too. Program E does the rest: counts, offsets, tiles, inactive pairs, the gate's semaphores.
-    ONE_CHUNK: all pairs are in the first CHUNK."""
-    wait_for_inputs(OVERLAP)
-    expert = tl.program_id(0)
-    lane = tl.arange(0, CHUNK)
-    if expert < E:
-        zero(sync_ptr, sync_words, expert * 256, E * 256)
-        if ONE_CHUNK:
-            ids = tl.load(ids_ptr + lane, mask=lane < P, other=-1)
-            _place(ids, lane, expert, _smaller(ids, expert), gather_ptr, scatter_ptr)
-        else:
-            before = expert * 0
-            for c in range(0, P, CHUNK):
-                before += _smaller(tl.load(ids_ptr + c + lane, mask=c + lane < P, other=-1), expert)
-            for c in range(0, P, CHUNK):
-                ids = tl.load(ids_ptr + c + lane, mask=c + lane < P, other=-1)
-                before = _place(ids, c + lane, expert, before, gather_ptr, scatter_ptr)
-    else:
-        zero(semaphore_ptr, semaphore_words, 0, 256)
-        e = tl.arange(0, E_PAD)
-        counts = tl.zeros((E_PAD,), dtype=tl.int32)
-        for c in range(0, P, CHUNK):
-            ids = tl.load(ids_ptr + c + lane, mask=c + lane < P, other=-1)
-            tl.store(scatter_ptr + c + lane, tl.zeros((CHUNK,), tl.int32) - 1, mask=(ids < 0) & (c + lane < P))
-            counts += tl.histogram(tl.maximum(ids, 0), E_PAD, mask=ids >= 0)
-        store_lists(counts, e, counts_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, E, E_PAD, BLOCK_TOKENS)

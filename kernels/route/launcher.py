@@ -147,7 +147,7 @@ def launch_gate(
 
 
 def _launch_order(routing: Routing, semaphores: torch.Tensor, blocks: int) -> None:
-    from kernels.route.kernel import expert_order_kernel
+    from kernels.route.order import expert_order_kernel
 
     pairs = routing.gather_index.numel()
     expert_order_kernel[(routing.num_experts + 1,)](

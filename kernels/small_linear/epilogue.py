@@ -1,4 +1,4 @@
-"""What the kernels of a linear map share: how they wait for their inputs, and where results go.
+"""What the kernels of a linear map share: where results go.
 
 MODE 0: out [R, N]; 1: out is the residual, added to in place; 2: queries [R, N/3] to out, keys and values into the cache
 cells [cells, positions, 2, N/3].
@@ -7,14 +7,6 @@ cells [cells, positions, 2, N/3].
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def wait_for_inputs(OVERLAP: tl.constexpr):
-    """From here on what the kernels before wrote is there. What waits behind this kernel may start before: it waits too."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

@@ -9,7 +9,8 @@ wait is one load of x, the products and one sum over the program's threads. R ro
 import triton
 import triton.language as tl
 
-from kernels.small_linear.epilogue import load_target, store_target, wait_for_inputs
+from kernels.dependency import let_next_start_and_wait
+from kernels.small_linear.epilogue import load_target, store_target
 
 
 @triton.jit(do_not_specialize=["R", "num_cells", "num_positions"])
@@ -54,10 +55,11 @@ def gemv_kernel(
         bias = tl.load(bias_ptr + n, mask=there, other=0.0).to(tl.float32)
     if NORM:
         column_sums = tl.load(column_sums_ptr + n, mask=there, other=0.0)
-    wait_for_inputs(OVERLAP)
+    let_next_start_and_wait(OVERLAP)
     x_mask = live[:, None, None] & (k < K)
     x = tl.load(x_ptr + r[:, None, None] * K + k, mask=x_mask, other=0.0).to(tl.float32)
-    old, row, position = load_target(out_ptr, rows_ptr, positions_ptr, r[:, None], n[None, :], live[:, None], N, MODE)
+    place = (r[:, None], n[None, :], live[:, None])
+    before = load_target(out_ptr, rows_ptr, positions_ptr, *place, N, MODE)
     if NORM:
         # Any value of a row is near enough to its mean for 16 bits, and nothing waits for this load.
         shift = tl.load(x_ptr + r * K, mask=live, other=0.0).to(tl.float32)
@@ -78,19 +80,4 @@ def gemv_kernel(
         y = (y - column_sums[None, :] * mean[:, None]) * rstd[:, None]
     if BIAS:
         y += bias[None, :]
-    store_target(
-        y,
-        old,
-        row,
-        position,
-        r[:, None],
-        n[None, :],
-        live[:, None],
-        out_ptr,
-        cells_ptr,
-        num_cells,
-        num_positions,
-        N,
-        RELU,
-        MODE,
-    )
+    store_target(y, *before, *place, out_ptr, cells_ptr, num_cells, num_positions, N, RELU, MODE)

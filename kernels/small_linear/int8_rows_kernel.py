@@ -7,7 +7,8 @@ R rows, N output features, K input features. MODE: see epilogue.py.
 import triton
 import triton.language as tl
 
-from kernels.small_linear.epilogue import load_target, store_target, wait_for_inputs
+from kernels.dependency import let_next_start_and_wait
+from kernels.small_linear.epilogue import load_target, store_target
 
 
 @triton.jit(do_not_specialize=["R", "num_cells", "num_positions"])
@@ -45,10 +46,10 @@ def int8_rows_kernel(
     scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)
     if BIAS:
         bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    wait_for_inputs(OVERLAP)  # all but the weights may have been written by the kernel before
-    at_row, at_n, at_live = r[None, :], n[:, None], live[None, :]
+    let_next_start_and_wait(OVERLAP)  # all but the weights may have been written by the kernel before
+    place = (r[None, :], n[:, None], live[None, :])
     row_scale = tl.load(row_scale_ptr + r, mask=live, other=0.0)
-    old, row, position = load_target(out_ptr, rows_ptr, positions_ptr, at_row, at_n, at_live, N, MODE)
+    before = load_target(out_ptr, rows_ptr, positions_ptr, *place, N, MODE)
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
     x_ptrs = x_ptr + r[:, None] * K + k[None, :]
     acc = tl.zeros((BN, BR), tl.int32 if INTEGER else tl.float32)
@@ -63,19 +64,4 @@ def int8_rows_kernel(
     y = acc.to(tl.float32) * row_scale[None, :] * scale[:, None]
     if BIAS:
         y += bias[:, None]
-    store_target(
-        y,
-        old,
-        row,
-        position,
-        at_row,
-        at_n,
-        at_live,
-        out_ptr,
-        cells_ptr,
-        num_cells,
-        num_positions,
-        N,
-        RELU,
-        MODE,
-    )
+    store_target(y, *before, *place, out_ptr, cells_ptr, num_cells, num_positions, N, RELU, MODE)

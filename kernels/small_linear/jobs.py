@@ -19,6 +19,7 @@ from kernels.small_linear.launches import block_descriptor
 from kernels.small_linear.tiles import LinearTiles
 
 _MODULE = "kernels.small_linear.kernel"
+_FINISH = "kernels.small_linear.finish"
 _I32 = torch.int32
 
 
@@ -43,7 +44,7 @@ def linear_jobs(
     if tiles.library:
         constants = finish_constants(n, k, norm=norm, relu=relu, mode=mode, hopper=hopper)
         finish = (vector, dtype, vector, vector, dtype, dtype, index, index, 17, 17, 17, 1e-5)
-        return [(_MODULE, "finish_linear_kernel", finish, constants)]
+        return [(_FINISH, "finish_linear_kernel", finish, constants)]
     weight = torch.int8 if int8 else dtype
     operands = (dtype, weight, f32 if int8 else dtype, vector, f32 if norm else weight)
     target = (dtype, dtype, index, index)
@@ -55,7 +56,7 @@ def linear_jobs(
     chunks = chunks and tiles.specialized
     leave = chunks and mode == 1
     if norm and not tiles.sums_rows and not chunks:
-        jobs.append((_MODULE, "row_statistics_kernel", (dtype, f32, 1e-5), statistics_constants(k, hopper=hopper)))
+        jobs.append((_FINISH, "row_statistics_kernel", (dtype, f32, 1e-5), statistics_constants(k, hopper=hopper)))
     in_loop = 3 if tiles.gram and dtype != f32 else 1
     how = 0 if not norm else 3 if chunks else in_loop if tiles.sums_rows else 2
     if tiles.specialized:

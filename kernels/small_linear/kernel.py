@@ -9,24 +9,51 @@ R rows, N output features, K input features. MODE: see epilogue.py.
 import triton
 import triton.language as tl
 
-from kernels.small_linear.epilogue import load_target, store_target, wait_for_inputs
-
-# One thread asks the copy engine to bring [$1, $1 + $2) bytes into L2; $2 is a multiple of 16.
-PREFETCH_PTX = tl.constexpr(
-    "{.reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
-    "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;}"
-)
+from kernels.dependency import ask_for_bytes, let_next_start_and_wait
+from kernels.small_linear.epilogue import load_target, store_target
 
 
 @triton.jit
-def _row_statistics(x_row, eps, K: tl.constexpr, K_PAD: tl.constexpr):
-    """Mean and 1 / standard deviation of one row, the mean taken off before squaring."""
-    k = tl.arange(0, K_PAD)
-    mask = k < K
-    x = tl.load(x_row + k, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 0) / K
-    centered = tl.where(mask, x - mean, 0.0)
-    return mean, tl.rsqrt(tl.sum(centered * centered, 0) / K + eps)
+def _add_parts(
+    acc,
+    row_sum,
+    row_squares,
+    partial_ptr,
+    semaphore_ptr,
+    r,
+    n,
+    live,
+    R,
+    N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    """Leave this program's part of a tile; the last one to do so gets the sum of all, in order, and sets the semaphore back.
+    Returns whether this is the last one, and the three sums. SUMS: row_sum and row_squares are in parts, too."""
+    split = tl.program_id(2)
+    mask = live[None, :] & (n < N)[:, None]
+    part_ptrs = partial_ptr + r[None, :] * N + n[:, None]
+    stride = R.to(tl.int64) * N
+    tl.store(part_ptrs + split * stride, acc, mask=mask)
+    row_ptrs = partial_ptr + SPLIT * stride + r * 2
+    if SUMS:
+        tl.store(row_ptrs + split * R * 2, row_sum, mask=live)
+        tl.store(row_ptrs + split * R * 2 + 1, row_squares, mask=live)
+    tl.debug_barrier()  # every thread's stores come before thread 0's release
+    semaphore = semaphore_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    last = tl.atomic_add(semaphore, 1, sem="acq_rel") == SPLIT - 1
+    if last:
+        acc = tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+        for part in tl.static_range(1, SPLIT):
+            acc += tl.load(part_ptrs + part * stride, mask=mask, other=0.0, cache_modifier=".cg")
+        if SUMS:
+            row_sum = tl.load(row_ptrs, mask=live, other=0.0, cache_modifier=".cg")
+            row_squares = tl.load(row_ptrs + 1, mask=live, other=0.0, cache_modifier=".cg")
+            for part in tl.static_range(1, SPLIT):
+                row_sum += tl.load(row_ptrs + part * R * 2, mask=live, other=0.0, cache_modifier=".cg")
+                row_squares += tl.load(row_ptrs + part * R * 2 + 1, mask=live, other=0.0, cache_modifier=".cg")
+        tl.store(semaphore, 0)
+    return last, acc, row_sum, row_squares
 
 
 @triton.jit(do_not_specialize=["R", "num_cells", "num_positions"])
@@ -80,21 +107,18 @@ def small_linear_kernel(
     if PREFETCH:  # noqa: SIM102 (the outer one is decided while compiling)
         if row_block == 0:
             size: tl.constexpr = 1 if INT8 else 2
-            address = (w_ptr + (n_block * BN).to(tl.int64) * K).to(tl.int64)
-            rows_here = tl.minimum(N - n_block * BN, BN)
-            tl.inline_asm_elementwise(
-                PREFETCH_PTX, "=r,l,r", [address, rows_here * (K * size)], dtype=tl.int32, is_pure=False, pack=1
-            )
+            strip = w_ptr + (n_block * BN).to(tl.int64) * K
+            ask_for_bytes(strip, tl.minimum(N - n_block * BN, BN) * (K * size))
     if INT8:
         scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)
     if BIAS:
         bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     if NORM > 0:
         column_sums = tl.load(column_sums_ptr + n, mask=n < N, other=0.0)
-    wait_for_inputs(OVERLAP)  # all but the weights may have been written by the kernel before
-    at_row, at_n, at_live = r[None, :], n[:, None], live[None, :]
+    let_next_start_and_wait(OVERLAP)  # all but the weights may have been written by the kernels before
+    place = (r[None, :], n[:, None], live[None, :])
     if SPLIT == 1:
-        old, row, position = load_target(out_ptr, rows_ptr, positions_ptr, at_row, at_n, at_live, N, MODE)
+        before = load_target(out_ptr, rows_ptr, positions_ptr, *place, N, MODE)
     FP32: tl.constexpr = dtype == tl.float32
     if NORM == 1:
         if FP32:  # the mean of a row's first features is never further off than a few standard deviations
@@ -141,6 +165,8 @@ def small_linear_kernel(
             gram = tl.dot(tl.trans(x), x, gram)
         acc = tl.dot(w.to(dtype), x, acc, input_precision="ieee")
         w_ptrs += BK
+    row_sum = 0.0
+    row_squares = 0.0
     if NORM == 1:
         row_sum = tl.sum(sums, 0)
         row_squares = tl.sum(squares, 0)
@@ -151,33 +177,12 @@ def small_linear_kernel(
     SUMS: tl.constexpr = NORM % 2 == 1
     last = True
     if SPLIT > 1:
-        mask = live[None, :] & (n < N)[:, None]
-        part_ptrs = partial_ptr + r[None, :] * N + n[:, None]
-        stride = R.to(tl.int64) * N
-        tl.store(part_ptrs + split * stride, acc, mask=mask)
-        row_ptrs = partial_ptr + SPLIT * stride + r * 2
-        if SUMS:
-            tl.store(row_ptrs + split * R * 2, row_sum, mask=live)
-            tl.store(row_ptrs + split * R * 2 + 1, row_squares, mask=live)
-        tl.debug_barrier()  # every thread's stores come before thread 0's release
-        semaphore = semaphore_ptr + n_block * tl.num_programs(0) + row_block
-        last = tl.atomic_add(semaphore, 1, sem="acq_rel") == SPLIT - 1
-        if last:
-            acc = tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-            for part in tl.static_range(1, SPLIT):
-                acc += tl.load(part_ptrs + part * stride, mask=mask, other=0.0, cache_modifier=".cg")
-            if SUMS:
-                row_sum = tl.load(row_ptrs, mask=live, other=0.0, cache_modifier=".cg")
-                row_squares = tl.load(row_ptrs + 1, mask=live, other=0.0, cache_modifier=".cg")
-                for part in tl.static_range(1, SPLIT):
-                    row_sum += tl.load(row_ptrs + part * R * 2, mask=live, other=0.0, cache_modifier=".cg")
-                    row_squares += tl.load(row_ptrs + part * R * 2 + 1, mask=live, other=0.0, cache_modifier=".cg")
-            tl.store(semaphore, 0)
+        last, acc, row_sum, row_squares = _add_parts(
+            acc, row_sum, row_squares, partial_ptr, semaphore_ptr, r, n, live, R, N, SPLIT, SUMS
+        )
     if last:
         if SPLIT > 1:
-            old, row, position = load_target(
-                out_ptr, rows_ptr, positions_ptr, r[None, :], n[:, None], live[None, :], N, MODE
-            )
+            before = load_target(out_ptr, rows_ptr, positions_ptr, *place, N, MODE)
         y = acc
         if INT8:
             y *= scale[:, None]
@@ -193,69 +198,4 @@ def small_linear_kernel(
             y = (y - column_sums[:, None] * mean[None, :]) * rstd[None, :]
         if BIAS:
             y += bias[:, None]
-        store_target(
-            y,
-            old,
-            row,
-            position,
-            at_row,
-            at_n,
-            at_live,
-            out_ptr,
-            cells_ptr,
-            num_cells,
-            num_positions,
-            N,
-            RELU,
-            MODE,
-        )
-
-
-@triton.jit
-def row_statistics_kernel(x_ptr, statistics_ptr, eps, K: tl.constexpr, K_PAD: tl.constexpr, OVERLAP: tl.constexpr):
-    """One program = mean and 1 / standard deviation of one row, for tiles that do not sum up rows themselves."""
-    wait_for_inputs(OVERLAP)
-    row = tl.program_id(0).to(tl.int64)
-    mean, rstd = _row_statistics(x_ptr + row * K, eps, K, K_PAD)
-    tl.store(statistics_ptr + row * 2, mean)
-    tl.store(statistics_ptr + row * 2 + 1, rstd)
-
-
-@triton.jit(do_not_specialize=["R", "num_cells", "num_positions"])
-def finish_linear_kernel(
-    product_ptr,
-    x_ptr,
-    column_sums_ptr,
-    bias_ptr,
-    out_ptr,
-    cells_ptr,
-    rows_ptr,
-    positions_ptr,
-    R,
-    num_cells,
-    num_positions,
-    eps,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    NORM: tl.constexpr,
-    RELU: tl.constexpr,
-    MODE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """What follows a library GEMM: one program = BLOCK features of one row of product [R, N]; NORM: of raw rows, fp32."""
-    r = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if NORM:
-        column_sums = tl.load(column_sums_ptr + n, mask=n < N, other=0.0)
-        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)
-    wait_for_inputs(OVERLAP)
-    live = (n < N) & (r < R)
-    rows = r + tl.zeros((BLOCK,), tl.int64)
-    old, row, position = load_target(out_ptr, rows_ptr, positions_ptr, rows, n, live, N, MODE)
-    y = tl.load(product_ptr + r * N + n, mask=live, other=0.0).to(tl.float32)
-    if NORM:
-        mean, rstd = _row_statistics(x_ptr + r * K, eps, K, K_PAD)
-        y = (y - column_sums * mean) * rstd + bias
-    store_target(y, old, row, position, rows, n, live, out_ptr, cells_ptr, num_cells, num_positions, N, RELU, MODE)
+        store_target(y, *before, *place, out_ptr, cells_ptr, num_cells, num_positions, N, RELU, MODE)

@@ -82,7 +82,7 @@ def launch_library(
 
 def launch_statistics(x: torch.Tensor, eps: float, statistics: torch.Tensor) -> None:
     """Mean and 1 / standard deviation of every row into statistics fp32[R, 2]."""
-    from kernels.small_linear.kernel import row_statistics_kernel
+    from kernels.small_linear.finish import row_statistics_kernel
 
     row_statistics_kernel[(x.shape[0],)](x, statistics, eps, **statistics_constants(x.shape[1], hopper=is_hopper(x.device)))
 
@@ -251,7 +251,7 @@ def _launch_finish(
     result: torch.Tensor,
     cache: Cache | None,
 ) -> None:
-    from kernels.small_linear.kernel import finish_linear_kernel
+    from kernels.small_linear.finish import finish_linear_kernel
 
     rows, n = product.shape
     constants = finish_constants(n, x.shape[1], norm=folded is not None, relu=relu, mode=mode, hopper=is_hopper(x.device))
