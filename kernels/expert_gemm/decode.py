@@ -1,7 +1,8 @@
 """Packed words to planes of 16-bit floats or fp32, in registers: by assembly on a GPU, by plain operations elsewhere.
 
 A plane is 32 neighbouring input features of BN output features; PLANES = 32 // BITS of them lie in [BN, 32] words
-(packing.py). They are decoded by halves, so that few registers are alive.
+(packing.py). They are decoded by halves, so that few registers are alive. bf16 by assembly comes out over BF16_PRODUCTS
+(dequant.py), everything else as it is.
 """
 # mypy: ignore-errors
 

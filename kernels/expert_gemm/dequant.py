@@ -2,29 +2,39 @@
 
 Plane p of a word is its p-th code in the order of `packing.py`. Words come in pairs: word 0 of a pair holds the planes of
 the lower half, word 1 those of the upper half, and a register (two 16-bit floats) holds features (i, i+1) of one plane,
-which is what wgmma wants. Every value is an exact integer code minus its offset (8 or 128), so nothing is rounded here.
+which is what wgmma wants. fp16 values are integer codes minus their offset (8 or 128); bf16 values are that times 2^-6, so
+sums of their products want BF16_PRODUCTS. Both are exact: nothing is rounded here.
+
+bf16 has 7 bits of mantissa, too few for two nibbles behind a constant exponent. But exponent fields 0 and 1 share one unit,
+2^-133, so the low byte of a half, all else masked out, is an integer of 8 bits in that unit. One multiplication by a power
+of two (2^127 is the largest) brings it back, so one shift serves two nibbles, and a byte needs none.
 """
 
 from __future__ import annotations
 
+BF16_PRODUCTS = 64.0  # what sums of products with bf16 values are to be multiplied by
+
 _CONSTANTS = {
-    (4, "bf16"): (".reg .b32 t, one, m;", ["mov.b32 one, 0x3f803f80;", "mov.b32 m, 0xc308c308;"]),
+    (4, "bf16"): (
+        ".reg .b32 t, m, lower, upper;",
+        ["mov.b32 m, 0xbe00be00;", "mov.b32 lower, 0x7f007f00;", "mov.b32 upper, 0x7d007d00;"],
+    ),
     (4, "fp16"): (
         ".reg .b32 t, m, m16, sixteenth;",
         ["mov.b32 m, 0xe408e408;", "mov.b32 m16, 0xd480d480;", "mov.b32 sixteenth, 0x2c002c00;"],
     ),
-    (8, "bf16"): (".reg .b32 t, c, one;", ["mov.b32 one, 0x3f803f80;"]),
+    (8, "bf16"): (".reg .b32 m, unit;", ["mov.b32 m, 0xc000c000;", "mov.b32 unit, 0x7f007f00;"]),
     (8, "fp16"): (".reg .b32 t, m;", ["mov.b32 m, 0xe480e480;"]),
 }
 
 
 def _int4_plane(word: str, p: int, out: str, dtype: str) -> list[str]:
-    """bf16: the nibble ored into 0x4300 (128 + code), minus 136. fp16: even planes 1024 + code - 1032, odd planes, which sit
-    four bits higher, (1024 + 16 code) / 16 - 72."""
-    shift = 4 * p if dtype == "bf16" else 8 * (p // 2)
-    lines, source = _shifted(word, shift)
+    """bf16: the nibble in units of 2^-133 (odd planes, which sit four bits higher: 2^-129), times 2^127 or 2^123, minus 8 *
+    2^-6. fp16: even planes 1024 + code - 1032, odd planes (1024 + 16 code) / 16 - 72."""
+    lines, source = _shifted(word, 8 * (p // 2))
     if dtype == "bf16":
-        return [*lines, f"lop3.b32 {out}, {source}, 0x000f000f, 0x43004300, 0xea;", f"fma.rn.bf16x2 {out}, {out}, one, m;"]
+        mask, factor = ("0x00f000f0", "upper") if p % 2 else ("0x000f000f", "lower")
+        return [*lines, f"and.b32 {out}, {source}, {mask};", f"fma.rn.bf16x2 {out}, {out}, {factor}, m;"]
     if p % 2:
         return [
             *lines,
@@ -35,16 +45,11 @@ def _int4_plane(word: str, p: int, out: str, dtype: str) -> list[str]:
 
 
 def _int8_plane(word: str, p: int, out: str, dtype: str) -> list[str]:
-    """bf16: 128 + low seven bits, minus 256 or 128 as bit 7 says: (t & 0x80) ^ 0xc380 is -256 or -128. fp16: 1024 + code -
-    1152."""
-    lines, source = _shifted(word, 8 * p)
+    """bf16: the byte in units of 2^-133 times 2^127, minus 128 * 2^-6. fp16: 1024 + code - 1152."""
     if dtype == "bf16":
-        return [
-            *lines,
-            f"lop3.b32 {out}, {source}, 0x007f007f, 0x43004300, 0xea;",
-            f"lop3.b32 c, {source}, 0x00800080, 0xc380c380, 0x6a;",
-            f"fma.rn.bf16x2 {out}, {out}, one, c;",
-        ]
+        bytes_ = "0x4341" if p else "0x4240"  # bytes 1 and 3, or 0 and 2, each below a zero
+        return [f"prmt.b32 {out}, {word}, 0, {bytes_};", f"fma.rn.bf16x2 {out}, {out}, unit, m;"]
+    lines, source = _shifted(word, 8 * p)
     return [*lines, f"lop3.b32 {out}, {source}, 0x00ff00ff, 0x64006400, 0xea;", f"add.rn.f16x2 {out}, {out}, m;"]
 
 

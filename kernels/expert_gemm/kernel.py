@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels.dependency import wait_for_inputs
-from kernels.expert_gemm.products import accumulate, epilogue
+from kernels.expert_gemm.products import accumulate, ends, finish
 
 
 @triton.jit
@@ -44,10 +44,12 @@ def _tile(
     x_rows = (pairs // TOP_K if FIRST else start + lane).to(tl.int64)
     KB: tl.constexpr = 64 * JOIN if BITS == 16 else 1024 // BITS
     steps: tl.constexpr = (K + KB - 1) // KB
+    # cold memory: asked for now, nothing stands still for it at the end
+    scale, bias, gates = ends(s_ptr, b_ptr, gate_ptr, pairs, valid, expert, n_block, N, BITS, GROUP, BN, FIRST)
     acc = accumulate(
         x_ptr, x_rows, valid, w_ptr, s_ptr, expert, n_block, 0, steps, N, K, BITS, GROUP, BN, BT, JOIN, STAGES, ASM
     )
-    out = epilogue(acc, s_ptr, b_ptr, gate_ptr, pairs, valid, expert, n_block, N, BITS, GROUP, BN, FIRST)
+    out = finish(acc, scale, bias, gates, BITS, GROUP, FIRST)
     rows = (start + lane if FIRST else pairs).to(tl.int64)
     n = n_block * BN + tl.arange(0, BN)
     tl.store(
@@ -88,10 +90,10 @@ def expert_gemm_kernel(
     wait_for_inputs(OVERLAP)
     n_block = tl.program_id(0)
     tile = tl.program_id(1)
+    expert = tl.load(tiles_ptr + tile * 4)  # past num_tiles: whatever lies there, not used
+    start = tl.load(tiles_ptr + tile * 4 + 1)
+    count = tl.load(tiles_ptr + tile * 4 + 2)
     if tile < tl.load(num_tiles_ptr):
-        expert = tl.load(tiles_ptr + tile * 4)
-        start = tl.load(tiles_ptr + tile * 4 + 1)
-        count = tl.load(tiles_ptr + tile * 4 + 2)
         of_tile = (x_ptr, w_ptr, s_ptr, b_ptr, gate_ptr, gather_ptr, out_ptr, expert, start, count, n_block)
         if NARROW > 0 and count <= NARROW:
             _tile(*of_tile, N, K, TOP_K, BITS, GROUP, BN, JOIN, STAGES, ASM, FIRST, NARROW)

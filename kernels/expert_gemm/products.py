@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 
 from kernels.expert_gemm.decode import decode4, decode8
+from kernels.expert_gemm.dequant import BF16_PRODUCTS
+
+PRODUCTS = tl.constexpr(BF16_PRODUCTS)
 
 
 @triton.jit
@@ -237,12 +240,51 @@ def accumulate(
             w_ptrs += 2048
             x_ptrs += KB
             s_ptrs += 64 * (KB // G)
+        if ASM and x_ptr.dtype.element_ty == tl.bfloat16:
+            acc *= PRODUCTS  # a power of two: exact
     return acc
 
 
 @triton.jit
 def _gates(gate_ptr, pairs, valid):
     return tl.load(gate_ptr + pairs, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def ends(
+    s_ptr,
+    b_ptr,
+    gate_ptr,
+    pairs,
+    valid,
+    expert,
+    n_block,
+    N: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+    FIRST: tl.constexpr,
+):
+    """What `finish` needs of a tile, as it lies in memory: scales, biases, gates (biases where there are none)."""
+    n = n_block * BN + tl.arange(0, BN)
+    bias = tl.load(b_ptr + expert * N + n, mask=n < N, other=0.0)
+    scale = bias
+    gates = bias
+    if BITS < 16 and GROUP == 0:
+        scale = tl.load(s_ptr + expert * N + n, mask=n < N, other=0.0)
+    if not FIRST:
+        gates = tl.load(gate_ptr + pairs, mask=valid, other=0.0)
+    return scale, bias, gates
+
+
+@triton.jit
+def finish(acc, scale, bias, gates, BITS: tl.constexpr, GROUP: tl.constexpr, FIRST: tl.constexpr):
+    """acc [BN, BT] -> scale, bias, then ReLU (FIRST) or gate: in this order, fp32."""
+    out = acc
+    if BITS < 16 and GROUP == 0:
+        out = out * scale.to(tl.float32)[:, None]
+    out += bias.to(tl.float32)[:, None]
+    return tl.maximum(out, 0.0) if FIRST else out * gates.to(tl.float32)[None, :]
 
 
 @triton.jit

@@ -26,7 +26,8 @@ CONSTRAINTS = gl.constexpr("=&r,=&r,r,r")
 
 @gluon.jit
 def decode(words, CHUNK: gl.constexpr, BITS: gl.constexpr, ROWS: gl.constexpr, dtype: gl.constexpr, A: gl.constexpr):
-    """Words [ROWS, 32] of a step -> codes minus their offset of chunk CHUNK: [ROWS, 64], in the registers of a dot."""
+    """Words [ROWS, 32] of a step -> codes minus their offset of chunk CHUNK (bf16: over BF16_PRODUCTS), [ROWS, 64], in
+    the registers of a dot."""
     low, high = gl.split(gl.reshape(words, (ROWS, 16, 2)))  # only the word that holds the chunk stays alive
     word = high if CHUNK >= 8 // BITS else low
     pair = gl.convert_layout(gl.reshape(gl.join(word, word), (ROWS, 32)), A, assert_trivial=True)

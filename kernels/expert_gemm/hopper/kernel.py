@@ -154,7 +154,7 @@ def expert_ffn_pipelined_kernel(
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     ROWS: gl.constexpr = 16 * WARPS
     HALVES: gl.constexpr = max(BN1, BN2) // ROWS
-    w_ring = gl.allocate_shared_memory(gl.int32, [W_STEPS * HALVES, ROWS, 32], gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
+    w_ring = gl.allocate_shared_memory(gl.int32, [W_STEPS * HALVES, ROWS, 32], gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     x0 = gl.allocate_shared_memory(dtype, [X_STEPS, BT, 64], LAYOUT)
     x1 = gl.allocate_shared_memory(dtype, [X_STEPS, BT, 64], LAYOUT)

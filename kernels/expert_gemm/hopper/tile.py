@@ -5,7 +5,8 @@ At chunk c of a step the program
   2. refills the buffer of c - 2 (X_STEPS steps ahead) and, at c = 1, that of this step's weights, by then in registers,
      W_STEPS >= X_STEPS, so that weights copied with an older chunk than c have arrived when c has,
   3. decodes 64 input features for each half of its output features and issues their dots; the wait after a dot is for the
-     one before it.
+     one before it. Tiles of up to 32 pairs whose programs have room for three steps of x leave registers to decode for both
+     halves first: their dots then follow each other without a wait, and the wait after both is for the two before them.
 Where three steps of x fit (X_STEPS > 2; int4, whose steps have four chunks), 1 and 2 are done once a step: two barriers and
 one fence instead of four. What an item needs at its end (scales, biases, gates) is asked for at its start: memory is a
 thousand cycles away, and then nothing else would hide them.
@@ -22,8 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.expert_gemm.dequant import BF16_PRODUCTS
 from kernels.expert_gemm.hopper.decode import decode
 from kernels.expert_gemm.hopper.rings import CopyOfX, copy_w, copy_x
+
+PRODUCTS = gl.constexpr(BF16_PRODUCTS)
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 
@@ -48,7 +52,8 @@ def _gates_and_rows(tile, pairs, WIDTH: gl.constexpr, ACC: gl.constexpr, STORE: 
 @gluon.jit
 def _write(acc, scale, bias, gates, rows, count, n0, gemm, LAYOUT: gl.constexpr):
     """acc [ROWS, BT] -> scale, bias, then ReLU (FIRST) or gate; stored to `rows` of out [., N], features n0 on."""
-    y = acc * scale.to(gl.float32)[:, None] + bias.to(gl.float32)[:, None]
+    FACTOR: gl.constexpr = PRODUCTS if gemm.x.dtype.element_ty == gl.bfloat16 else 1.0  # a power of two: exact
+    y = acc * (scale.to(gl.float32) * FACTOR)[:, None] + bias.to(gl.float32)[:, None]
     y = gl.maximum(y, 0.0) if gemm.FIRST else y * gates.to(gl.float32)[None, :]
     y = gl.convert_layout(y.to(gemm.out.dtype.element_ty), LAYOUT)
     lane = gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
@@ -104,6 +109,7 @@ def multiply_item(item, next_item, next_strips, turn, copy, lanes, gemm, pairs, 
         version=[3, 0], warps_per_cta=[rings.WARPS, 1], instr_shape=[16, WIDTH, 16]
     )
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    PAIRED: gl.constexpr = HALVES == 2 and WIDTH <= 32 and rings.BY_STEP  # see above
     EARLY: gl.constexpr = HALVES * WIDTH <= 128  # else the accumulators leave no registers for the gates
     STORE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, rings.WARPS], [0, 1])  # 128 neighbouring bytes a row
     tile = item.tile
@@ -141,11 +147,18 @@ def multiply_item(item, next_item, next_strips, turn, copy, lanes, gemm, pairs, 
             if c == 1 or not rings.BY_STEP:
                 async_copy.commit_group()
             x = rings.x[c].index(x_slot).slice(0, WIDTH).permute((1, 0))
-            acc0 = warpgroup_mma(decode(words0, c, BITS, ROWS, dtype, A), x, acc0, is_async=True)
-            if HALVES == 2:
-                acc1 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc1]))
-                acc1 = warpgroup_mma(decode(words1, c, BITS, ROWS, dtype, A), x, acc1, is_async=True)
-            acc0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc0]))
+            if PAIRED:
+                a0 = decode(words0, c, BITS, ROWS, dtype, A)
+                a1 = decode(words1, c, BITS, ROWS, dtype, A)
+                acc0 = warpgroup_mma(a0, x, acc0, is_async=True)
+                acc1 = warpgroup_mma(a1, x, acc1, is_async=True)
+                acc0 = warpgroup_mma_init(warpgroup_mma_wait(2, deps=[acc0]))
+            else:
+                acc0 = warpgroup_mma(decode(words0, c, BITS, ROWS, dtype, A), x, acc0, is_async=True)
+                if HALVES == 2:
+                    acc1 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc1]))
+                    acc1 = warpgroup_mma(decode(words1, c, BITS, ROWS, dtype, A), x, acc1, is_async=True)
+                acc0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc0]))
     if not (gemm.FIRST or EARLY):
         gates, out_rows = _gates_and_rows(tile, pairs, WIDTH, ACC, STORE)
     done = warpgroup_mma_wait(HALVES - 1, deps=[acc0])
