@@ -73,7 +73,7 @@ _SPECIALIZED = (
     (128, 128, 0, 128, 3),
     (128, 128, 64, 64, 5),
 )
-_ONLINE = ((256, 64, 64, 4), (128, 0, 64, 6), (128, 64, 64, 5), (256, 0, 64, 4))  # block_rows, extra_rows, features, stages
+_ONLINE = ((256, 64, 64, 6), (128, 0, 64, 8), (128, 64, 64, 7), (256, 0, 64, 8))  # block_rows, extra_rows, features, stages
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
@@ -110,8 +110,8 @@ def candidates(num_rows: int, bits: int, row_bits: int) -> list[HeadTiles]:
         if r + extra <= max(128, 2 * num_rows)
     ]
     special += [
-        HeadTiles(128, r, extra, features, stages=stages, gated=True, tma=True, specialized=True, online=True)
-        for r, extra, features, stages in (_ONLINE if num_rows > 32 and bits == row_bits == 16 else ())
+        HeadTiles(128, r, extra, features * wide, stages=stages, gated=True, tma=True, specialized=True, online=True)
+        for r, extra, features, stages in (_ONLINE if num_rows > 32 and bits == row_bits else ())
         if r + extra <= max(128, 2 * num_rows)
     ]
     found = [

@@ -11,6 +11,7 @@ PACK = 8  # chunks of a row whose maxima and sums lie together: 64 bytes
 _START_BLOCK = 1024
 MAX_PROGRAMS = 256  # of `online` that share a row's tokens: the second launch holds a number for each
 _ONLINE_REGISTERS = {2: 240, 3: 168, 4: 128, 5: 96}  # a lane, by groups of 4 warps
+_ROW_STAGES = {2: 4, 3: 4, 4: 3, 5: 3}  # of a group's own rows, by groups
 
 
 def chunk_options(tiles: HeadTiles) -> dict[str, int]:
@@ -22,7 +23,9 @@ def chunk_options(tiles: HeadTiles) -> dict[str, int]:
     return {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
 
-def chunk_constants(num_features: int, k: int, bits: int, has_banned: bool, tiles: HeadTiles) -> dict[str, Any]:
+def chunk_constants(
+    num_features: int, vocab_size: int, k: int, bits: int, has_banned: bool, tiles: HeadTiles
+) -> dict[str, Any]:
     """Compile-time arguments of the first kernel; the tuner and the compile check build the same ones."""
     if tiles.online:
         row_groups = (tiles.block_rows + tiles.extra_rows) // 64
@@ -30,11 +33,13 @@ def chunk_constants(num_features: int, k: int, bits: int, has_banned: bool, tile
             "D": num_features,
             "ROW_GROUPS": row_groups,
             "BK": tiles.block_features,
+            "X_STAGES": _ROW_STAGES[row_groups],
             "STAGES": tiles.stages,
             "GROUPS": max(8, next_power_of_two(k)),
             "PACK": PACK,
             "HAS_BANNED": has_banned,
             "GATED": tiles.gated,
+            "WHOLE": vocab_size % tiles.chunk == 0,
             "REGISTERS": _ONLINE_REGISTERS[row_groups],
         }
     if tiles.specialized:
@@ -70,14 +75,14 @@ def start_constants(vocab_size: int, has_banned: bool, tiles: HeadTiles) -> dict
     """Compile-time arguments and options of `head_start_kernel`."""
     return {
         "BV": tiles.block_vocab,
-        "FLAGS": next_power_of_two(-(-vocab_size // tiles.block_vocab)) if tiles.specialized else 0,
+        "FLAGS": next_power_of_two(-(-vocab_size // tiles.block_vocab)) if tiles.specialized and not tiles.online else 0,
         "BLOCK": _START_BLOCK,
         "HAS_BANNED": has_banned,
         "num_warps": 8,
     }
 
 
-def merge_constants(k: int, vocab_size: int, has_banned: bool, tiles: HeadTiles) -> dict[str, Any]:
+def merge_constants(k: int, vocab_size: int, bits: int, has_banned: bool, tiles: HeadTiles) -> dict[str, Any]:
     """Compile-time arguments of `head_merge_kernel`."""
     return {
         "BV": tiles.chunk,
@@ -88,4 +93,5 @@ def merge_constants(k: int, vocab_size: int, has_banned: bool, tiles: HeadTiles)
         "K": k,
         "K_PAD": next_power_of_two(k),
         "HAS_BANNED": has_banned,
+        "SCALED": tiles.online and tiles.gated and bits == 8,
     }

@@ -6,7 +6,7 @@ import torch
 
 from kernels.compile_ahead import Job
 from kernels.head_topk.constants import chunk_constants, chunk_options, merge_constants, start_constants
-from kernels.head_topk.launcher import operands
+from kernels.head_topk.launcher import operands, token_scales
 from kernels.head_topk.tiles import HeadTiles, default_tiles
 
 _MODULE = "kernels.head_topk.kernel"
@@ -30,18 +30,21 @@ def head_jobs(
         x, matrix = (torch.empty(1024, num_features, dtype=t, device="meta") for t in (dtype, weight))
         inputs = operands(x, matrix, tiles)
     outputs = (f32, f32, f32, 320, vocab_size)
-    merge = (f32, f32, i32, f32, f32, f32, i32, f32, 320, 320, 132, vocab_size)
-    constants = chunk_constants(num_features, k, bits, has_banned, tiles) | chunk_options(tiles)
+    merge = (f32, f32, i32, f32, f32, f32, f32, i32, f32, 320, 320, 132, vocab_size)
+    constants = chunk_constants(num_features, vocab_size, k, bits, has_banned, tiles) | chunk_options(tiles)
     jobs: list[Job]
     if tiles.online:
-        arguments = (*inputs[:2], i32, i32, i32, f32, f32, f32, 320, vocab_size, 1001)
+        scales = (token_scales(torch.empty(1024, device="meta")), f32) if bits == 8 else (None, None)
+        arguments = (*inputs[:2], i32, i32, f32, f32, f32, *scales, 320, vocab_size, 1001)
         jobs = [("kernels.head_topk.online", "head_online_kernel", arguments, constants)]
     elif tiles.specialized:
         name = "head_specialized_kernel"
         jobs = [("kernels.head_topk.specialized", name, (*inputs, f32, f32, i32, i32, i32, *outputs, 1001), constants)]
     else:
         jobs = [(_MODULE, "head_chunk_kernel", (*inputs, f32, f32, i32, i32, *outputs), constants)]
-    jobs.append((_MODULE, "head_merge_kernel", merge, merge_constants(k, vocab_size, has_banned, tiles) | {"num_warps": 4}))
+    jobs.append(
+        (_MODULE, "head_merge_kernel", merge, merge_constants(k, vocab_size, bits, has_banned, tiles) | {"num_warps": 4})
+    )
     if tiles.gated or tiles.specialized:
         start = start_constants(vocab_size, has_banned, tiles)
         jobs.append((_MODULE, "head_start_kernel", (i32, i32, i32, 1001, 1001, vocab_size), start))
@@ -75,7 +78,8 @@ def hopper_head_jobs(num_features: int, vocab_size: int, dtype: torch.dtype) -> 
         for tiles in [HeadTiles(v, rows, extra, features * wide, stages=stages, gated=True, tma=True, specialized=True)]
     ] + [
         head_jobs(num_features, vocab_size, 16, bits, tiles, dtype)[0]
-        for rows, extra, stages in ((128, 0, 6), (128, 64, 5), (256, 64, 4))
-        for tiles in [HeadTiles(128, rows, extra, 64, stages=stages, gated=True, tma=True, specialized=True, online=True)]
-        if bits == 16
+        for rows, extra, stages in ((128, 0, 8), (128, 64, 7), (256, 0, 8), (256, 64, 6))
+        for tiles in [
+            HeadTiles(128, rows, extra, 64 * wide, stages=stages, gated=True, tma=True, specialized=True, online=True)
+        ]
     ]

@@ -301,6 +301,7 @@ def head_merge_kernel(
     banned_ptr,
     banned_logit_ptr,
     logits_ptr,
+    row_scale_ptr,
     values_ptr,
     ids_ptr,
     lse_ptr,
@@ -316,15 +317,18 @@ def head_merge_kernel(
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     HAS_BANNED: tl.constexpr,
+    SCALED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One program = one row: log-sum-exp over all chunks; the K best logits lie in the K chunks that are best by
     (maximum, lower index), and only those are read. LANED: the order in which `specialized` writes the logits of a chunk.
-    P_PAD > 0: maxima and sums lie apart, as `online` tells them: sums by its P programs, of all tokens, banned or not."""
+    P_PAD > 0: maxima and sums lie apart, as `online` tells them, of all tokens, banned or not; sums by its P programs, and
+    the chunk of a banned token is there in any case. SCALED: logits lack the factor of their row."""
     wait_for_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     C = tl.cdiv(V, BV)
     c = tl.arange(0, C_PAD)
+    row_scale = tl.load(row_scale_ptr + row) if SCALED else 1.0
     if P_PAD > 0:
         tops = tl.load(partial_ptr + (c // PACK * R_pad + row) * PACK + c % PACK, mask=c < C, other=float("-inf"))
         p = tl.arange(0, P_PAD)
@@ -340,10 +344,18 @@ def head_merge_kernel(
     banned = -1
     if HAS_BANNED:
         banned = tl.load(banned_ptr + row)
+        has = (banned >= 0) & (banned < V)
         if P_PAD == 0:
-            has = (banned >= 0) & (banned < V)
             extra = tl.load(banned_logit_ptr + row, mask=has, other=float("-inf"))
             peak = tl.maximum(peak, extra)
+        else:  # the maximum of its chunk counted it, and its chunk is stored
+            first = tl.where(has, banned // BV * BV, 0)
+            tokens = first + tl.arange(0, BV)
+            held = first.to(tl.int64) * R + row * tl.minimum(V - first, BV) + tl.arange(0, BV)
+            others = tl.load(logits_ptr + held, mask=has & (tokens < V) & (tokens != banned), other=float("-inf"))
+            if SCALED:
+                others *= row_scale
+            tops = tl.where(has & (c == first // BV), tl.max(others, 0), tops)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(sums * tl.exp(peaks - peak), 0)
     if HAS_BANNED and P_PAD == 0:
@@ -363,6 +375,8 @@ def head_merge_kernel(
     valid = (slot < K)[:, None] & (ids < V)
     at = start.to(tl.int64) * R + row * tl.minimum(V - start, BV) + place
     logits = tl.load(logits_ptr + at, mask=valid, other=float("-inf"))
+    if SCALED:
+        logits *= row_scale
     if LANED:  # a lane of `specialized` writes its pairs of two neighbouring groups of 8 tokens in one piece
         behind = place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
         ids = tl.where(start + BV <= V, start + behind, ids)

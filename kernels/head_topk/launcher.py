@@ -62,7 +62,10 @@ def head_topk(
     tiles = tiles or select_tiles(num_rows, num_features, vocab_size, bits, x.device, codes.dtype)
     num_chunks = -(-vocab_size // tiles.chunk)
     check(num_chunks <= _MAX_CHUNKS, f"{num_chunks} chunks of the vocabulary; choose tiles with a larger block_vocab")
-    check(not tiles.online or bits == 16, "online tiles are for weights and rows of 16 bits: choose tiles with online=False")
+    check(
+        not tiles.online or codes.dtype == torch.int8 or (bits == 16 and tiles.block_features <= 64),
+        "online tiles are for rows and weights of as many bits (16: block_features to 64): choose tiles with online=False",
+    )
     # int8 codes come through the plain kernel's descriptors wrong now and then (Triton 3.6, H100, 64 rows and more).
     check(
         not tiles.tma or bits == 16 or (tiles.specialized and codes.dtype == torch.int8),
@@ -81,6 +84,10 @@ def head_topk(
         and logits_scratch.shape[0] >= num_rows
         and logits_scratch.shape[1] >= vocab_size,
         f"logits_scratch must be contiguous fp32[>= {num_rows}, >= {vocab_size}]",
+    )
+    check(
+        not tiles.online or isinstance(weight, torch.Tensor) or weight.scales.data_ptr() % 16 == 0,
+        "online tiles read scales through a tensor descriptor: the head's scales must begin at a multiple of 16 bytes",
     )
     check(
         not tiles.online or logits_scratch.data_ptr() % 8 == 0,
@@ -120,7 +127,7 @@ def _launch(
     bits, has_banned = 8 if isinstance(weight, Int8Linear) else 16, banned is not None
     given = out.token_ids if banned is None else banned
     thresholds, flags = given, given  # for tiles that read neither
-    constants = chunk_constants(num_features, k, bits, has_banned, tiles)
+    constants = chunk_constants(num_features, vocab_size, k, bits, has_banned, tiles)
     if tiles.gated or tiles.specialized:
         num_thresholds = constants["GROUPS"] * padded_rows
         thresholds = given.new_empty(num_thresholds)
@@ -134,8 +141,9 @@ def _launch(
     if tiles.online:
         from kernels.head_topk.online import head_online_kernel
 
-        written = (partials, sums, logits, num_rows, vocab_size)
-        head_online_kernel[(programs * row_tiles,)](*inputs[:2], given, thresholds, flags, *written, num_tiles, **options)
+        token_and_row = (token_scales(scales[:vocab_size]), row_scales) if bits == 8 else (None, None)
+        written = (partials, sums, logits, *token_and_row, num_rows, vocab_size)
+        head_online_kernel[(programs * row_tiles,)](*inputs[:2], given, thresholds, *written, num_tiles, **options)
     elif tiles.specialized:
         from kernels.head_topk.specialized import head_specialized_kernel
 
@@ -149,6 +157,7 @@ def _launch(
         given,
         banned_logits,
         logits,
+        row_scales,
         out.values,
         out.token_ids,
         out.log_sum_exp,
@@ -156,7 +165,7 @@ def _launch(
         padded_rows,
         programs,
         vocab_size,
-        **merge_constants(k, vocab_size, has_banned, tiles),
+        **merge_constants(k, vocab_size, bits, has_banned, tiles),
         num_warps=_MERGE_WARPS,
         **overlap(x),
     )
@@ -194,6 +203,14 @@ def _swizzled(tensor: torch.Tensor, rows: int, tiles: HeadTiles) -> Any:
     dtype = {torch.bfloat16: bfloat16, torch.float16: float16, torch.int8: int8}[tensor.dtype]
     layout = NVMMASharedLayout.get_default_for(block, dtype)
     return TensorDescriptor.from_tensor(tensor, block, layout)
+
+
+def token_scales(scales: torch.Tensor) -> Any:
+    """A descriptor of the scales [V] of an int8 head's tokens, read a chunk at a time."""
+    from triton.experimental.gluon.language import NVMMASharedLayout, float32
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(scales, [128], NVMMASharedLayout.get_default_for([128], float32))
 
 
 def _empty_result(x: torch.Tensor | QuantizedRows, k: int) -> TopTokens:

@@ -89,7 +89,7 @@ def _consume(group: gl.constexpr, ring, flag_ptr, tiles, memory, mode, STEPS: gl
             acc, acc2 = _multiply(group, ring, stage, phase, acc, acc2, CH)
             # the products of the step before are done: its stage may be filled again
             mbarrier.arrive(ring.free.index((stage + STAGES - 1) % STAGES), count=1, pred=step > 0)
-            stage, phase = stage_after(stage, phase, ring)
+            stage, phase = stage_after(stage, phase, ring.STAGES)
         # asked for while the last products run
         threshold = 0
         threshold2 = 0
@@ -112,7 +112,7 @@ def _consume(group: gl.constexpr, ring, flag_ptr, tiles, memory, mode, STEPS: gl
                 threshold2 = least(bounds2, mode)
         acc, acc2 = warpgroup_mma_wait(0, deps=(acc, acc2))
         mbarrier.arrive(ring.free.index(stage), count=1)
-        stage, phase = stage_after(stage, phase, ring)
+        stage, phase = stage_after(stage, phase, ring.STAGES)
         low, high = gl.split(gl.permute(gl.reshape(acc, (BR, 2, CH)), (0, 2, 1)))
         low = gl.convert_layout(low, mode.L, assert_trivial=True)
         high = gl.convert_layout(high, mode.L, assert_trivial=True)
@@ -159,7 +159,7 @@ def _produce(x, w, x_rest, ring, tiles, R, STEPS: gl.constexpr):
             tma.async_copy_global_to_shared(x, [first + BR, start], full, ring.xs.index(stage * 2 + 1))
             if ring.BR2 > 0:
                 tma.async_copy_global_to_shared(x_rest, [first + 2 * BR, start], full, ring.shared_xs.index(stage))
-            stage, phase = stage_after(stage, phase, ring)
+            stage, phase = stage_after(stage, phase, ring.STAGES)
 
 
 @gluon.jit(do_not_specialize=["R", "tiles"])

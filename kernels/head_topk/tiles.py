@@ -25,7 +25,7 @@ class HeadTiles:
     hold a result (meant for a few dozen rows and more). tma: load through tensor descriptors (D a multiple of 16).
     specialized: Hopper's own kernel for 16-bit weights, and for int8 rows (`kernels.head_topk.specialized`): block_rows are
     cut in two halves for its two groups of 4 warps, extra_rows are shared; slice_rows has no meaning there. online, with
-    specialized: another one, for rows of 16 bits (`kernels.head_topk.online`): 4 warps for each 64 of its rows.
+    specialized: another one, for 16 bits or int8 rows (`kernels.head_topk.online`): 4 warps for each 64 of its rows.
     """
 
     block_vocab: int
@@ -55,8 +55,8 @@ class HeadTiles:
                 "specialized tiles: block_vocab and block_rows 128 or 256, extra_rows 0 or 64, warps=4, tma=True",
             )
         check(
-            not self.online or (self.specialized and self.block_vocab == 128 and self.block_features in (32, 64)),
-            "online tiles: specialized=True, block_vocab 128, block_features 32 or 64",
+            not self.online or (self.specialized and self.block_vocab == 128 and self.block_features >= 32),
+            "online tiles: specialized=True, block_vocab 128, block_features 32 to 128 (int8 rows; 16 bits: to 64)",
         )
 
     @property

@@ -57,9 +57,9 @@ def test_the_merge_reads_logits_in_the_order_of_the_specialized_kernel(device: t
     values, lse = torch.zeros((rows, k), device=device), torch.zeros(rows, device=device)
     sizes = {"BV": width, "C_PAD": 4, "P_PAD": 0, "PACK": pack, "LANED": True, "K": k, "K_PAD": 8}
     stored = torch.cat(pieces).to(device)
-    inputs = (partials.to(device), lse, ids, lse, stored)
+    inputs = (partials.to(device), lse, ids, lse, stored, lse)
     outputs = (values, ids, lse, rows, rows, 0, vocab_size)
-    head_merge_kernel[(rows,)](*inputs, *outputs, **sizes, HAS_BANNED=False, OVERLAP=False)
+    head_merge_kernel[(rows,)](*inputs, *outputs, **sizes, HAS_BANNED=False, SCALED=False, OVERLAP=False)
     truth = torch.log_softmax(logits, 1).topk(k)
     assert ids.tolist() == truth.indices.tolist()
     torch.testing.assert_close(values.cpu(), truth.values)
@@ -67,13 +67,17 @@ def test_the_merge_reads_logits_in_the_order_of_the_specialized_kernel(device: t
 
 @pytest.mark.parametrize("device", EVERYWHERE, ids=str)
 @pytest.mark.parametrize("has_banned", [False, True])
-@pytest.mark.parametrize("vocab_size", [128, 200])
-def test_the_merge_takes_maxima_and_sums_that_lie_apart(device: torch.device, vocab_size: int, has_banned: bool) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("vocab_size", [192, 200])
+def test_the_merge_takes_maxima_and_sums_that_lie_apart(
+    device: torch.device, vocab_size: int, scaled: bool, has_banned: bool
+) -> None:
     from kernels.head_topk.kernel import head_merge_kernel
 
-    rows, padded, programs, k, width, pack = 3, 4, 5, 5, 64, 2
+    rows, padded, programs, k, width, pack = 3, 4, 5, 2, 64, 2
     logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(6))
     banned = torch.tensor([-1, 7, vocab_size - 1], dtype=torch.int32)
+    logits[1, 70], logits[1, 130], logits[2, 7], logits[2, 70] = 5.0, 6.0, 5.0, 6.0  # of two chunks, not the banned one's
     for row in (1, 2):  # a token that may not be chosen counts in log_sum_exp, here most of all
         logits[row, banned[row]] = 9.0
     choosable = logits.clone()
@@ -82,19 +86,21 @@ def test_the_merge_takes_maxima_and_sums_that_lie_apart(device: torch.device, vo
     num_chunks = -(-vocab_size // width)
     tops = torch.full((-(-num_chunks // pack), padded, pack), float("nan"))
     for c in range(num_chunks):
-        tops[c // pack, :rows, c % pack] = choosable[:, c * width : (c + 1) * width].amax(1)
+        tops[c // pack, :rows, c % pack] = logits[:, c * width : (c + 1) * width].amax(1)  # banned or not
     sums = torch.full((programs, padded, 2), float("nan"))
     for p in range(programs):  # any share of the tokens; one that has seen nothing at all tells (-inf, 0)
         share = logits[:, p::3] if p < 3 else torch.full((rows, 1), float("-inf"))
         sums[p, :rows, 0] = share.amax(1)
         sums[p, :rows, 1] = (share - share.amax(1).clamp_min(-99.0)[:, None]).exp().sum(1)
-    stored = torch.cat([logits[:, c : c + width].flatten() for c in range(0, vocab_size, width)])
+    scales = torch.tensor([0.5, 4.0, 1.0])  # powers of two: to the last bit
+    kept = logits / scales[:, None] if scaled else logits
+    stored = torch.cat([kept[:, c : c + width].flatten() for c in range(0, vocab_size, width)])
     ids = torch.zeros((rows, k), dtype=torch.int32, device=device)
     values, lse = torch.zeros((rows, k), device=device), torch.zeros(rows, device=device)
     sizes = {"BV": width, "C_PAD": 4, "P_PAD": 8, "PACK": pack, "LANED": False, "K": k, "K_PAD": 8}
-    inputs = (tops.to(device), sums.to(device), banned.to(device), lse, stored.to(device))
+    inputs = (tops.to(device), sums.to(device), banned.to(device), lse, stored.to(device), scales.to(device))
     outputs = (values, ids, lse, rows, padded, programs, vocab_size)
-    head_merge_kernel[(rows,)](*inputs, *outputs, **sizes, HAS_BANNED=has_banned, OVERLAP=False)
+    head_merge_kernel[(rows,)](*inputs, *outputs, **sizes, HAS_BANNED=has_banned, SCALED=scaled, OVERLAP=False)
     truth = torch.logsumexp(logits, 1)
     best = choosable.topk(k)
     assert ids.tolist() == best.indices.tolist()
