@@ -199,7 +199,7 @@ def fitting_precisions(config: ModelConfig, available_bytes: int) -> tuple[str, 
 def _workspace_bytes(config: ModelConfig, engine_config: EngineConfig, item_bytes: int) -> int:
     """Captured passes run one at a time and share one pool, so the largest decode step or encoder pass counts; then the
     router's partial sums (given back before the experts run, but as a block of a size of its own), the products that linear
-    maps split, one buffer a stack, and the workspaces of the GEMM library.
+    maps split, one buffer a stack, the lists of histories, and the workspaces of the GEMM library.
 
     A step holds the logits in float32 (each entry may be a live row or the start token of a new sentence), an encoder pass
     the outputs of its experts or the keys and values of all decoder layers.
@@ -212,7 +212,8 @@ def _workspace_bytes(config: ModelConfig, engine_config: EngineConfig, item_byte
     encoder = tokens * item_bytes * max(experts, 2 * d * config.decoder_layers + 2 * d)
     widest = max(3 * d, config.encoder_ffn_dim, config.decoder_ffn_dim)
     maps = item_bytes * widest * (tokens + entries)
-    return max(step, encoder) + _router_bytes(config, tokens, entries) + maps + _LIBRARY_WORKSPACE_BYTES
+    lists = _history_list_bytes(entries, engine_config.max_target_tokens)
+    return max(step, encoder) + _router_bytes(config, tokens, entries) + maps + lists + _LIBRARY_WORKSPACE_BYTES
 
 
 def _entries(engine_config: EngineConfig) -> int:
@@ -223,6 +224,13 @@ def _entries(engine_config: EngineConfig) -> int:
 def _logit_bytes(config: ModelConfig) -> int:
     """One entry's logits in float32, padded as the head writes them."""
     return _FP32_BYTES * _round_up(config.vocab_size, _VOCABULARY_ALIGNMENT)
+
+
+def _history_list_bytes(entries: int, max_target_tokens: int) -> int:
+    """Where a step lists the cells that its sentences attend to: a list for each entry of the largest step, each for eight
+    beams that share no position. Held on Hopper and unless `batch_invariant`, planned everywhere: it is little."""
+    words = _round_up(8 * max_target_tokens, 16) + 32
+    return 4 * (1 + _round_up(entries, 16) * (words + 4))
 
 
 def _router_bytes(config: ModelConfig, tokens: int, entries: int) -> int:

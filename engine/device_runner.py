@@ -7,11 +7,10 @@ ended, and only then reads what they have become. Legend: R entries, S packed so
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -32,7 +31,7 @@ from engine.model.transformer import Transformer
 from engine.runner import Runner
 from engine.search.device_search import Composition, DeviceSearch, StepShape
 from engine.search.spec import SearchOutcome, SearchSpec
-from engine.search.transfer import to_device
+from engine.search.transfer import copy_to_device, to_device
 from engine.step_clock import StepClock
 from engine.types import EncodedBatch, ExpertLoad
 from engine.weights.loading import load_transformer
@@ -87,6 +86,7 @@ class DeviceRunner:
             eos_token_id=config.eos_token_id,
             entry_buckets=entries,
             device=self._device,
+            lists_from=self._decoder.lists_from,
         )
         self._graphs = CapturedSteps(self._device, clock)
         self._expert_load = ExpertLoadMeter(transformer.encoder_load, transformer.decoder_load)
@@ -94,12 +94,10 @@ class DeviceRunner:
         pinned = self._device.type == "cuda"
         status = (engine_config.max_source_slots,)
         self._status = [torch.zeros(status, dtype=torch.int32, pin_memory=pinned) for _ in range(_STEPS_AHEAD + 1)]
+        self._ended = [torch.cuda.Event() if pinned else None for _ in self._status]  # type: ignore[no-untyped-call]
         self._num_steps = 0
         self._in_flight: deque[_Step] = deque()
         self._reader = torch.cuda.Stream(self._device) if pinned else None  # type: ignore[no-untyped-call]
-        # Held, so that 2 MiB of small blocks stay this stream's: on a full card, too, finished sentences can be read.
-        with torch.cuda.stream(self._reader):
-            self._reader_memory = torch.empty(1, device=self._device)
 
     @classmethod
     def load(cls, checkpoint: Path, engine_config: EngineConfig, *, progress: bool = False) -> Self:
@@ -141,7 +139,7 @@ class DeviceRunner:
             raise ValueError(f"{total} source tokens in one pass; encode_token_budget is {self._token_buckets[-1]}")
         num_tokens = next(s for s in self._token_buckets if s >= total)
         self._capture_encoder(num_tokens)
-        self._packed[num_tokens].copy_(to_device(self._lay_out(batch, num_tokens), self._device))
+        copy_to_device(self._packed[num_tokens], self._lay_out(batch, num_tokens))
         slots = to_device(np.stack([batch.source_slots, lengths.astype(np.int32)]), self._device)
         self._cache.source_lengths.index_copy_(0, slots[0].long(), slots[1])
         self._graphs.run(("encode", num_tokens), functools.partial(self._run_encoder, num_tokens))
@@ -166,7 +164,8 @@ class DeviceRunner:
             closed = self._wait(oldest)
         if oldest is None or not closed:
             return []
-        with self._beside(oldest):
+        # On a second stream: after `oldest`, which the host has waited for, but not after what has been launched since.
+        with torch.cuda.stream(self._reader):
             return self._search.read(closed, oldest.status.numpy())
 
     @torch.inference_mode()
@@ -187,12 +186,11 @@ class DeviceRunner:
             self._capture_step(shape)
             self._search.plan()
         self._graphs.run(shape, functools.partial(self._run_step, shape))
-        status = self._status[self._num_steps % len(self._status)]
+        turn = self._num_steps % len(self._status)
+        status, ended = self._status[turn], self._ended[turn]
         self._num_steps += 1
         status.copy_(self._search.tables.status, non_blocking=True)
-        ended = None
-        if self._device.type == "cuda":
-            ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        if ended is not None:
             ended.record()
         self._expert_load.decoded()
         return _Step(self._search.took(), status, ended)
@@ -203,16 +201,6 @@ class DeviceRunner:
             step.ended.synchronize()
         return self._search.close(step.composition, step.status.numpy())
 
-    @contextlib.contextmanager
-    def _beside(self, step: _Step) -> Iterator[None]:
-        """Run on a second stream, after `step` but not after what has been launched since."""
-        if self._reader is None or step.ended is None:
-            yield
-            return
-        self._reader.wait_event(step.ended)
-        with torch.cuda.stream(self._reader):
-            yield
-
     def _capture_step(self, shape: StepShape) -> None:
         if not self._graphs.has(shape):
             self._search.plan_idle()
@@ -221,12 +209,14 @@ class DeviceRunner:
     def _capture_encoder(self, num_tokens: int) -> None:
         key = ("encode", num_tokens)
         if not self._graphs.has(key):
-            self._packed[num_tokens].copy_(to_device(self._padding(num_tokens), self._device))
+            copy_to_device(self._packed[num_tokens], self._padding(num_tokens))
             self._graphs.capture(key, functools.partial(self._run_encoder, num_tokens))
 
     def _run_step(self, shape: StepShape) -> None:
         inputs = self._search.feed(shape)
-        hidden = self._decoder.hidden(inputs, EntryGroups(*self._search.groups(shape)), self._search.tables.ancestry)
+        groups, ancestry = EntryGroups(*self._search.groups(shape)), self._search.tables.ancestry
+        lists, usual_groups = self._search.history_lists(shape), self._search.usual_groups(shape)
+        hidden = self._decoder.hidden(inputs, groups, ancestry, lists=lists, usual_groups=usual_groups)
         logits = None
         if shape.ngram_sizes:
             logits = torch.empty((hidden.shape[0], self._vocab_size), dtype=torch.float32, device=self._device)

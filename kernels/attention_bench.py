@@ -20,10 +20,12 @@ from kernels.decode_attention import (
     decode_cross_attention_reference,
     decode_self_attention,
     decode_self_attention_reference,
+    lists_from,
 )
 from kernels.decode_attention.tiles import CrossTiles, GroupTiles, SelfTiles
 from kernels.encoder_attention import encoder_attention, encoder_attention_reference
 from kernels.encoder_attention.launcher import HALF_TILES, Tiles
+from kernels.history_lists import HistoryLists, history_lists_reference
 from kernels.testing import graph_time_us, relative_error
 
 _HEADS, _BEAM, _LIMIT = 16, 4, 5e-3
@@ -71,10 +73,26 @@ def _self_row(head_dim: int, entries: int, length: int, tiles: dict[str, SelfTil
     ancestry[:, :shared] = (number // beam * beam)[:, None]
     rows, positions = number.view(calls, entries), _index([length - 1] * entries)
     q, out, groups = _draw(entries, d_model), _draw(entries, d_model), _groups(entries, beam)
+    least = lists_from(_HEADS, head_dim, q.dtype, q.device)
+
+    @functools.cache
+    def lists(index: int) -> HistoryLists:
+        return history_lists_reference(*groups, rows[index], positions, ancestry, max_positions=length)
 
     def ours(index: int, tile: SelfTiles | GroupTiles | None = None) -> torch.Tensor:
-        operands = q, cells, ancestry, rows[index], positions
-        return decode_self_attention(*operands, num_heads=_HEADS, out=out, tiles=tile, groups=groups)
+        listed = isinstance(tile, GroupTiles) or (tile is None and least is not None and entries >= least)
+        return decode_self_attention(
+            q,
+            cells,
+            ancestry,
+            rows[index],
+            positions,
+            num_heads=_HEADS,
+            out=out,
+            tiles=tile,
+            lists=lists(index) if listed else None,
+            usual_groups=entries // beam,
+        )
 
     flat, query = cells.view(calls * entries * length, -1), q.view(entries, _HEADS, 1, head_dim)
     read = (ancestry[:, :length].long() * length + torch.arange(length, device="cuda")).view(calls, -1)
@@ -189,7 +207,7 @@ CROSS_CANDIDATES = {
     64: [(16, 1, 3), (16, 2, 3), (32, 1, 3), (32, 2, 3), (32, 4, 3), (32, 4, 2), (64, 4, 3), (64, 8, 3)],
     128: [(16, 2, 3), (32, 2, 3), (32, 4, 3), (64, 4, 2), (64, 8, 2)],
 }
-SELF_GROUP_CANDIDATES = [(1, 16), (2, 16), (4, 16), (8, 16), (4, 16, 168), (4, 32)]
+SELF_LIST_CANDIDATES = [(1, 16), (2, 16), (2, 16, 112), (2, 16, 160), (4, 16), (4, 16, 104)]
 CROSS_GROUP_CANDIDATES = [(1, 32), (2, 32), (4, 32), (8, 32), (8, 32, 128), (4, 16), (8, 16)]
 ENCODER_CANDIDATES = {
     64: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2), (32, 32, 2, 3)],
@@ -204,7 +222,7 @@ def tile_rows(machine: Machine, quick: bool) -> Iterator[Row]:
         own: dict[str, SelfTiles | GroupTiles] = {_name(t): SelfTiles(*t) for t in SELF_CANDIDATES[head_dim]}
         cross: dict[str, CrossTiles | GroupTiles] = {_name(t): CrossTiles(*t) for t in CROSS_CANDIDATES[head_dim]}
         if torch.cuda.get_device_capability() == (9, 0):
-            own |= {f"groups {_name(t)}": GroupTiles(*t) for t in SELF_GROUP_CANDIDATES}
+            own |= {f"lists {_name(t)}": GroupTiles(*t) for t in SELF_LIST_CANDIDATES}
             cross |= {f"groups {_name(t)}": GroupTiles(*t) for t in CROSS_GROUP_CANDIDATES}
         yield from (
             _self_row(head_dim, *point, own) for point in ((1, 32), (1, 64), (1, 512), (320, 16), (320, 32), (320, 64))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from kernels.cross_attention_checks import CrossCase, CrossInputs, cross_cases, cross_inputs
-from kernels.decode_attention.tiles import CROSS_GROUP_TILES, CROSS_TILES, SELF_GROUP_TILES
+from kernels.decode_attention.tiles import CROSS_GROUP_TILES, CROSS_TILES, SELF_LIST_TILES
 from kernels.encoder_attention_checks import EncoderCase, EncoderInputs, encoder_cases, encoder_inputs
 from kernels.self_attention_checks import GroupCase, SelfCase, SelfInputs, group_cases, group_inputs, self_cases, self_inputs
 from kernels.testing import relative_error
@@ -24,7 +24,7 @@ def check_inputs(inputs: Inputs) -> float:
 
 
 def every_kernel(inputs: Inputs) -> list[Inputs]:
-    """The inputs as they are, and with the tiles of every other kernel that this device has for them."""
+    """The inputs as they are, and as every other kernel that this device has for them wants them."""
     found = [inputs]
     if isinstance(inputs, EncoderInputs) or not inputs.q.is_cuda:
         return found
@@ -33,8 +33,8 @@ def every_kernel(inputs: Inputs) -> list[Inputs]:
     if isinstance(inputs, CrossInputs):
         tiles = CROSS_GROUP_TILES.get(head_dim, ()) if hopper else ()
         return [inputs, *(dataclasses.replace(inputs, tiles=t) for t in (CROSS_TILES[head_dim], *tiles))]
-    if hopper and inputs.groups is not None and head_dim in SELF_GROUP_TILES:
-        found += [dataclasses.replace(inputs, tiles=SELF_GROUP_TILES[head_dim])]
+    if hopper and inputs.groups is not None and head_dim in SELF_LIST_TILES:
+        found += [inputs.listed()]
     return found
 
 

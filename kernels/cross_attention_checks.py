@@ -61,13 +61,19 @@ class CrossInputs:
     num_heads: int
     ready: bool = False
     tiles: CrossTiles | GroupTiles | None = None
+    usual_groups: int | None = None
 
     def run(self) -> torch.Tensor:
         """The op over a poisoned output."""
         operands = self.q, self.cells, self.source_lengths, self.group_slots, self.group_starts, self.group_counts
         out = self.q.new_full(self.q.shape, _NAN)
         return decode_cross_attention(
-            *operands, num_heads=self.num_heads, out=out, tiles=self.tiles, source_ready=self.ready
+            *operands,
+            num_heads=self.num_heads,
+            out=out,
+            tiles=self.tiles,
+            source_ready=self.ready,
+            usual_groups=self.usual_groups,
         )
 
     def truth(self) -> torch.Tensor:

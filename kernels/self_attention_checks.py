@@ -11,6 +11,7 @@ import torch
 
 from kernels.decode_attention import decode_self_attention, decode_self_attention_reference
 from kernels.decode_attention.tiles import GroupTiles, SelfTiles
+from kernels.history_lists import PLACES, SEEN_BY, HistoryLists, history_lists_reference
 
 _NAN, _BEYOND = float("nan"), 2**30
 
@@ -105,6 +106,19 @@ class SelfInputs:
     ready: bool = False
     groups: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     tiles: SelfTiles | GroupTiles | None = None
+    lists: HistoryLists | None = None
+    usual_groups: int | None = None
+
+    def listed(self) -> SelfInputs:
+        """The same with the lists of its groups, for the kernel that takes them; behind their ends they name a NaN cell."""
+        assert self.groups is not None
+        operands = *self.groups, self.rows, self.positions, self.ancestry
+        lists = history_lists_reference(*operands, max_positions=self.cells.shape[1])
+        ends = (lists.groups[:, 2:3] + PLACES - 1) // PLACES * PLACES
+        unlisted = torch.arange(lists.words.shape[1], device=ends.device) >= ends.clamp(min=1)
+        poison = self.cells[:, :, 0, 0, 0].isnan().flatten().nonzero()[0].int() - (1 << SEEN_BY)  # seen by all
+        lists.words.copy_(torch.where(unlisted, poison, lists.words))
+        return dataclasses.replace(self, lists=lists)
 
     def run(self) -> torch.Tensor:
         """The op over a poisoned output; with groups, NaN for entries of none, whatever is there."""
@@ -116,7 +130,8 @@ class SelfInputs:
                 out=out,
                 tiles=self.tiles,
                 history_ready=self.ready,
-                groups=self.groups,
+                lists=self.lists,
+                usual_groups=self.usual_groups,
             )
         )
 

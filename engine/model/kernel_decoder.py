@@ -31,9 +31,10 @@ from engine.model.kernel_layers import (
 from engine.model.layers import LayerNorm
 from engine.model.transformer import DecoderLayer, Transformer
 from kernels.beam_search import StepInputs
-from kernels.decode_attention import decode_cross_attention, decode_self_attention
+from kernels.decode_attention import decode_cross_attention, decode_self_attention, lists_from
 from kernels.embed import embed
 from kernels.head_topk import TopTokens, fixed_tiles, head_topk, row_logits, select_tiles
+from kernels.history_lists import HistoryLists
 from kernels.int8_linear import Int8Linear, quantize_int8
 from kernels.quantized_rows import QuantizedRows
 from kernels.small_linear import qkv_linear
@@ -80,11 +81,32 @@ class KernelDecoder:
         if options.int8_dense:
             self._head = quantize_int8(self._head)
 
-    def hidden(self, inputs: StepInputs, groups: EntryGroups, ancestry: Tensor) -> Tensor | QuantizedRows:
+    @property
+    def lists_from(self) -> int | None:
+        """The least number of entries of a step that `hidden` wants history lists for; None: it takes none."""
+        if self._options.fixed_order:  # bits of an entry would depend on its mates' histories
+            return None
+        config = self._model.config
+        head_dim = config.d_model // self._heads
+        return lists_from(self._heads, head_dim, self._model.dtype, self._cache.self_kv.device)
+
+    def hidden(
+        self,
+        inputs: StepInputs,
+        groups: EntryGroups,
+        ancestry: Tensor,
+        *,
+        lists: HistoryLists | None = None,
+        usual_groups: int | None = None,
+    ) -> Tensor | QuantizedRows:
         """Final-normed hidden states [R, D] of every entry, in the form that the head takes; writes their keys and values.
-        ancestry int32[rows, T + 1].
+        ancestry int32[rows, T + 1]; lists: of these entries, from `lists_from` of them on; usual_groups: how many groups are
+        in use as a rule (see `decode_cross_attention`).
         """
         config = self._model.config
+        # Self-attention of the first layer reads inputs and lists before it waits, beside the map before it, which lets it
+        # start before it waits itself. Their launch, `step_inputs`, is over by then, because this one comes between: it
+        # waits for `step_inputs` before it lets the map start. Were both one launch, that would be a race.
         x = embed(
             inputs.token_ids,
             inputs.positions,
@@ -96,7 +118,7 @@ class KernelDecoder:
         )
         pending: Pending | None = None
         for index, layer in enumerate(self._layers):
-            pending = self._run(layer, index, x, pending, inputs, groups, ancestry)
+            pending = self._run(layer, index, x, pending, inputs, groups, ancestry, lists, usual_groups)
         if isinstance(self._head, Int8Linear):  # fastest at every number of rows (kernels/README.md)
             return normed_int8(x, pending, self._model.decoder_norm)
         return normed(x, pending, self._model.decoder_norm)
@@ -129,6 +151,8 @@ class KernelDecoder:
         inputs: StepInputs,
         groups: EntryGroups,
         ancestry: Tensor,
+        lists: HistoryLists | None,
+        usual_groups: int | None,
     ) -> Pending | None:
         """x [R, D] in place; expert outputs of this layer are left pending."""
         cells = self._cache.self_kv[index]
@@ -150,7 +174,8 @@ class KernelDecoder:
             inputs.positions,
             num_heads=self._heads,
             history_ready=True,  # but for a start token fed in this very step, which the kernel waits for
-            groups=None if self._options.fixed_order else groups,
+            lists=lists,
+            usual_groups=usual_groups,
         )
         self._kernels.linear(context, layer.self_out, residual=x)
         query = self._kernels.linear(self._kernels.settle(x, None, layer.cross_norm, layer.query), layer.query)
@@ -161,9 +186,11 @@ class KernelDecoder:
             *groups,
             num_heads=self._heads,
             source_ready=True,
+            usual_groups=usual_groups,
         )
-        self._kernels.linear(context, layer.cross_out, residual=x)
-        return self._kernels.feed_forward(x, layer.ffn_norm, layer.feed_forward, inputs.active)
+        products = self._kernels.products_for(layer.feed_forward)
+        self._kernels.linear(context, layer.cross_out, residual=x, products=products)
+        return self._kernels.feed_forward(x, layer.ffn_norm, layer.feed_forward, inputs.active, products)
 
 
 def _layer(layer: DecoderLayer, options: KernelOptions) -> _Layer:

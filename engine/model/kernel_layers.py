@@ -17,8 +17,9 @@ from engine.quantization.packed_experts import packed_experts
 from kernels.add_layernorm import add_layernorm, add_layernorm_int8, add_slots
 from kernels.expert_gemm import PackedExperts, expert_ffn, select_tiles
 from kernels.quantized_rows import QuantizedRows
-from kernels.route import route, semaphores
+from kernels.route import FoldedRouter, fold_router, route, route_products, semaphores
 from kernels.routing import empty_routing
+from kernels.row_products import RowProducts
 from kernels.row_statistics import RowStatistics
 from kernels.small_linear import (
     FoldedLinear,
@@ -66,8 +67,9 @@ class KernelExperts:
     """One sparse layer: router float32 [E, D] of top_k experts, both expert matrices packed, their biases, and the factor on
     all gates.
 
-    tokens_per_expert int32[E]: where the router leaves its counts. It counts anyway, to order the pairs; a place that
-    outlives the step costs the step nothing.
+    folded: the router with the norm in front of it, for rows that the map before has multiplied by it; None where no kernel
+    serves it. tokens_per_expert int32[E]: where the router leaves its counts. It counts anyway, to order the pairs; a place
+    that outlives the step costs the step nothing.
     """
 
     router_weight: Tensor
@@ -79,6 +81,7 @@ class KernelExperts:
     fc2_bias: Tensor
     gate_scale: float
     tokens_per_expert: Tensor
+    folded: FoldedRouter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +142,10 @@ class KernelLayers:
         *,
         relu: bool = False,
         residual: Tensor | None = None,
+        products: RowProducts | None = None,
     ) -> Tensor:
-        """x [R, K] -> relu(x W^T + b) [R, N], or that added in place to the residual stream; a folded norm comes first."""
+        """x [R, K] -> relu(x W^T + b) [R, N], or that added in place to the residual stream; a folded norm comes first.
+        products: of the new residual stream, left there if that costs no launch."""
         return small_linear(
             x,
             linear.weight,
@@ -151,32 +156,60 @@ class KernelLayers:
             scratch=self.scratch,
             dtype=self._dtype,
             statistics=self.statistics,
+            products=products,
         )
 
+    def products_for(self, layer: KernelDense | KernelExperts) -> RowProducts | None:
+        """What the map that writes a feed-forward layer's rows may multiply them by for its router."""
+        if isinstance(layer, KernelDense) or layer.folded is None or self.statistics is None:
+            return None
+        return RowProducts(layer.folded.thirds)
+
     def feed_forward(
-        self, x: Tensor, norm: LayerNorm, layer: KernelDense | KernelExperts, active: Tensor | None
+        self,
+        x: Tensor,
+        norm: LayerNorm,
+        layer: KernelDense | KernelExperts,
+        active: Tensor | None,
+        products: RowProducts | None = None,
     ) -> Pending | None:
-        """x += FeedForward(norm(x)) in place; expert outputs come back instead, for the next `settle` or `normed` to add."""
+        """x += FeedForward(norm(x)) in place; expert outputs come back instead, for the next `settle` or `normed` to add.
+        products: from `products_for`, after the map that wrote x."""
         if isinstance(layer, KernelDense):
             hidden = self.linear(self.settle(x, None, norm, layer.fc1), layer.fc1, relu=True)
             self.linear(hidden, layer.fc2, residual=x)
             return None
         tiles = select_tiles(layer.top_k * self._tile_rows(x.shape[0]), layer.fc1)
-        rows = normed(x, None, norm)
         num_experts, d_model = layer.router_weight.shape
-        buffers = empty_routing(len(rows), layer.top_k, num_experts, d_model, tiles.block_tokens, rows.device)
-        routing = route(
-            rows,
-            layer.router_weight,
-            top_k=layer.top_k,
-            block_tokens=tiles.block_tokens,
-            semaphores=self._semaphores,
-            router_bias=layer.router_bias,
-            active=active,
-            gate_scale=layer.gate_scale,
-            out=replace(buffers, tokens_per_expert=layer.tokens_per_expert),
-            fixed=self._options.fixed_order,
-        )
+        buffers = empty_routing(len(x), layer.top_k, num_experts, d_model, tiles.block_tokens, x.device)
+        buffers = replace(buffers, tokens_per_expert=layer.tokens_per_expert)
+        if products is not None and products.parts is not None and layer.folded is not None and self.statistics is not None:
+            rows, routing = route_products(
+                x,
+                products,
+                self.statistics,
+                layer.folded,
+                top_k=layer.top_k,
+                block_tokens=tiles.block_tokens,
+                semaphores=self._semaphores,
+                active=active,
+                gate_scale=layer.gate_scale,
+                out=buffers,
+            )
+        else:
+            rows = normed(x, None, norm)
+            routing = route(
+                rows,
+                layer.router_weight,
+                top_k=layer.top_k,
+                block_tokens=tiles.block_tokens,
+                semaphores=self._semaphores,
+                router_bias=layer.router_bias,
+                active=active,
+                gate_scale=layer.gate_scale,
+                out=buffers,
+                fixed=self._options.fixed_order,
+            )
         outputs = expert_ffn(rows, layer.fc1, layer.fc1_bias, layer.fc2, layer.fc2_bias, routing, tiles=tiles)
         return Pending(outputs, routing.expert_ids)
 
@@ -225,15 +258,18 @@ def folded_linear(linear: Linear, norm: LayerNorm, *, int8: bool = False) -> Ker
 def kernel_feed_forward(
     layer: DenseFeedForward | MixtureOfExperts, *, fold: LayerNorm | None = None, int8: bool = False
 ) -> KernelDense | KernelExperts:
-    """The feed-forward layer for the kernels. fold: the norm in front, to be folded into a dense layer's first map; int8:
-    that map in int8."""
+    """The feed-forward layer for the kernels. fold: the norm in front, to be folded into a dense layer's first map, or into
+    a copy of a sparse layer's router; int8: that map in int8."""
     if isinstance(layer, DenseFeedForward):
         fc1 = kernel_linear(layer.fc1) if fold is None else folded_linear(layer.fc1, fold, int8=int8)
         return KernelDense(fc1, kernel_linear(layer.fc2))
-    device = layer.fc1_bias.device
+    device, classifier = layer.fc1_bias.device, layer.router.classifier
+    folded = None
+    if fold is not None:
+        folded = fold_router(classifier.weight, classifier.bias, fold.weight, fold.bias, fold.eps)
     return KernelExperts(
-        router_weight=layer.router.classifier.weight,
-        router_bias=layer.router.classifier.bias,
+        router_weight=classifier.weight,
+        router_bias=classifier.bias,
         top_k=layer.router.top_k,
         fc1=packed_experts(layer.fc1, device),
         fc1_bias=layer.fc1_bias,
@@ -241,6 +277,7 @@ def kernel_feed_forward(
         fc2_bias=layer.fc2_bias,
         gate_scale=layer.output_scale,
         tokens_per_expert=layer.tokens_per_expert,
+        folded=folded,
     )
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from engine.search.outcomes import outcome, trace
 from engine.search.rules import ban_repeated_ngrams
 from engine.search.spec import SearchOutcome, SearchSpec
-from engine.search.transfer import to_device, to_host
+from engine.search.transfer import TableReader, copy_to_device, to_device
 from kernels.beam_search import BeamTables, StepInputs, advance_sentences, begin_sentences, step_inputs
 from kernels.beam_search.tables import BOUNDS_BY_MAX, BROKEN, NGRAM_SIZE, RECORD_FIELDS, STOPS_WHEN_FULL
+from kernels.history_lists import HistoryLists
 
 _SLOTS, _BEAMS, _GROUP_SLOTS, _GROUP_STARTS, _GROUP_COUNTS = range(5)
 _CANDIDATES = (1, 8, 16)  # tokens kept an entry: greedy, up to 4 beams, up to 8; a captured step exists for each
@@ -73,14 +74,23 @@ class DeviceSearch:
         eos_token_id: int,
         entry_buckets: Sequence[int],
         device: torch.device,
+        lists_from: int | None = None,
     ) -> None:
+        """lists_from: the least number of entries of a step that lists the cells of their histories; None: no step does."""
         self.tables = BeamTables.allocate(
             num_slots=num_slots, num_rows=num_rows, max_target_tokens=max_target_tokens, device=device
         )
         self._start_token_id, self._eos_token_id = start_token_id, eos_token_id
         self._buckets = tuple(entry_buckets)
+        self._results = TableReader(self.tables.hypotheses, self.tables.hypothesis_score, self.tables.history)
         self._plan = torch.zeros((5, self._buckets[-1]), dtype=torch.int32, device=device)
         self._inputs = StepInputs.allocate(self._buckets[-1], device)
+        self._lists_from = lists_from
+        self._lists: HistoryLists | None = None
+        if lists_from is not None and self._buckets[-1] >= lists_from:
+            self._lists = HistoryLists.allocate(
+                self._buckets[-1], num_rows=num_rows, max_positions=max_target_tokens, device=device
+            )
         self._sentences: list[_Sentence] = []  # in order of their first steps
         self._num_beams = np.zeros(num_slots, dtype=np.int32)  # by slot
         self._num_steps = 0  # launched so far: the number of the next one
@@ -142,6 +152,7 @@ class DeviceSearch:
         """What the entries feed the decoder."""
         r, whole = shape.num_entries, self._inputs
         out = StepInputs(whole.token_ids[:r], whole.positions[:r], whole.rows[:r], whole.active[:r], whole.banned[:r])
+        lists = self.history_lists(shape)
         return step_inputs(
             self._plan[_SLOTS, :r],
             self._plan[_BEAMS, :r],
@@ -149,12 +160,25 @@ class DeviceSearch:
             start_token_id=self._start_token_id,
             eos_token_id=self._eos_token_id,
             out=out,
+            groups=None if lists is None else self.groups(shape),
+            lists=lists,
         )
+
+    def history_lists(self, shape: StepShape) -> HistoryLists | None:
+        """Where `feed` lists the cells of the groups' histories; None for a step of too few entries to gain by it."""
+        if self._lists is None or self._lists_from is None or shape.num_entries < self._lists_from:
+            return None
+        return self._lists.first(shape.num_entries)
 
     def groups(self, shape: StepShape) -> tuple[Tensor, Tensor, Tensor]:
         """Slots, first entries and counts of the runs of entries of one sentence, int32[R] each."""
         r = shape.num_entries
         return self._plan[_GROUP_SLOTS, :r], self._plan[_GROUP_STARTS, :r], self._plan[_GROUP_COUNTS, :r]
+
+    def usual_groups(self, shape: StepShape) -> int:
+        """How many groups a step of this shape has where every sentence has all the beams that its candidates are for: 1, 4
+        or 8. There are more where some have fewer, and in the steps that feed start tokens."""
+        return -(-shape.num_entries // max(1, shape.num_candidates // 2))
 
     def advance(self, shape: StepShape, values: Tensor, token_ids: Tensor) -> None:
         """One token for every sentence, from its entries' best tokens: fp32 and int32 [R, K]."""
@@ -210,22 +234,15 @@ class DeviceSearch:
 
     def read(self, closed: Sequence[_Sentence], status: NDArray[np.int32]) -> list[SearchOutcome]:
         """Results of sentences that were closed with this status; waits for the current stream only."""
-        slots = to_device(np.array([s.source_slot for s in closed], dtype=np.int32), self.device)
-        rows = to_device(np.array([row for s in closed for row in s.spec.beam_rows], dtype=np.int32), self.device)
-        length = max(min(s.spec.max_tokens, self._num_steps - s.first_step + 1) for s in closed) + 1
-        tables = self.tables
-        hypotheses, scores, history = to_host(
-            tables.hypotheses.index_select(0, slots),
-            tables.hypothesis_score.index_select(0, slots),
-            tables.history[:, :length].index_select(0, rows),
-        )
-        outcomes, start = [], 0
-        for i, sentence in enumerate(closed):
-            stop = start + len(sentence.spec.beam_rows)
-            is_broken = bool(status[sentence.source_slot] == BROKEN)
-            found = [] if is_broken else trace(history[start:stop], hypotheses[i], scores[i], sentence.spec)
-            outcomes.append(outcome(sentence.spec, found, is_broken=is_broken))
-            start = stop
+        hypotheses, scores, history = self._results.read()
+        outcomes = []
+        for sentence in closed:
+            spec, slot = sentence.spec, sentence.source_slot
+            is_broken = bool(status[slot] == BROKEN)
+            num_cells = min(spec.max_tokens, self._num_steps - sentence.first_step + 1) + 1
+            beams = history[list(spec.beam_rows), :num_cells]
+            found = [] if is_broken else trace(beams, hypotheses[slot], scores[slot], spec)
+            outcomes.append(outcome(spec, found, is_broken=is_broken))
         return outcomes
 
     def _drop(self, sentences: Sequence[_Sentence]) -> None:
@@ -255,7 +272,7 @@ class DeviceSearch:
         plan[_GROUP_STARTS, len(fed) : num_groups] = np.arange(rows, num_entries, dtype=np.int32)
         plan[_GROUP_COUNTS, : len(fed)] = counts
         plan[_GROUP_COUNTS, len(fed) : num_groups] = 1
-        self._plan.copy_(to_device(plan, self.device))
+        copy_to_device(self._plan, plan)
         beams = int(counts.max())
         candidates = 1 if beams == 1 else next(k for k in _CANDIDATES if k >= 2 * beams)
         ngrams = tuple(sorted({s.ngram_size for s in fed} - {0}))

@@ -1,4 +1,4 @@
-"""Three kernels: sentences begin, entries of a step, one search step. One program of the first and last is one sentence.
+"""Sentences begin; one search step. A program is one sentence. Between the two: `inputs.py`.
 
 N beams of the sentence (at most NB = 8), K candidates a row, T + 1 = POSITIONS columns of ancestry and history.
 """
@@ -63,49 +63,6 @@ def begin_kernel(
         tl.store(ancestry_ptr + at, tl.where((t == 0)[None, :], first_row, rows[:, None]), mask=inside)
         tl.store(history_ptr + at * 2, tl.where((t == 0)[None, :], start_token, forced), mask=inside & (t < 2)[None, :])
         tl.store(history_ptr + at * 2 + 1, tl.zeros((NB, BLOCK), tl.int32), mask=inside & (t < 2)[None, :])
-
-
-@triton.jit(do_not_specialize=["R"])
-def step_inputs_kernel(
-    entry_slots_ptr,
-    entry_beams_ptr,
-    sentences_ptr,
-    status_ptr,
-    rows_ptr,
-    token_ids_ptr,
-    out_tokens_ptr,
-    out_positions_ptr,
-    out_rows_ptr,
-    out_active_ptr,
-    out_banned_ptr,
-    R,
-    start_token,
-    eos_token,
-    NB: tl.constexpr,
-    FIELDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Beam -1 is a start token at position 0, fed through the sentence's first row. Slot -1, or a sentence that has
-    finished: an idle entry."""
-    wait_for_inputs(OVERLAP)
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = e < R
-    slot = tl.load(entry_slots_ptr + e, mask=inside, other=-1).to(tl.int64)
-    beam = tl.load(entry_beams_ptr + e, mask=inside, other=0)
-    live = inside & (slot >= 0)
-    live &= tl.load(status_ptr + slot, mask=live, other=1) == 0
-    is_start = beam < 0
-    at = slot * NB + tl.maximum(beam, 0)
-    row = tl.load(rows_ptr + at, mask=live, other=-1)
-    token = tl.load(token_ids_ptr + at, mask=live, other=0)
-    num_tokens = tl.load(sentences_ptr + slot * FIELDS + 4, mask=live, other=0)
-    min_tokens = tl.load(sentences_ptr + slot * FIELDS + 2, mask=live, other=0)
-    tl.store(out_tokens_ptr + e, tl.where(is_start, start_token, token), mask=inside)
-    tl.store(out_positions_ptr + e, tl.where(is_start, 0, num_tokens), mask=inside)
-    tl.store(out_rows_ptr + e, tl.where(live, row, -1), mask=inside)
-    tl.store(out_active_ptr + e, live.to(tl.uint8), mask=inside)
-    tl.store(out_banned_ptr + e, tl.where(live & (num_tokens < min_tokens), eos_token, -1), mask=inside)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.beam_search.tables import MAX_BEAMS, RECORD_FIELDS, SENTENCE_FIELDS, BeamTables, StepInputs
+from kernels.history_lists import HistoryLists
 from kernels.launch import check, next_power_of_two, overlap
 
 _BLOCK = 64  # positions of ancestry moved at once
@@ -56,37 +57,70 @@ def step_inputs(
     start_token_id: int,
     eos_token_id: int,
     out: StepInputs,
+    groups: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    lists: HistoryLists | None = None,
 ) -> StepInputs:
     """What each entry feeds the decoder now. entry_slots int32[R] (-1: idle), entry_beams int32[R] (-1: the start token of a
-    sentence that begins). Entries of sentences that have finished are idle too. One launch."""
+    sentence that begins). Entries of sentences that have finished are idle too. One launch.
+
+    lists: filled with the cells of the histories of `groups` (slots, first entries, counts int32[G], as of
+    `advance_sentences`, counts up to 8), for `decode_self_attention`; its max_positions is that of the cells. Nothing is
+    written before all launches before this one are over, and the next may start only then.
+    """
     count = entry_slots.shape[0]
     check(entry_beams.shape == entry_slots.shape, "entry_slots and entry_beams must be of one length")
     check(out.rows.shape == entry_slots.shape, f"out holds {out.rows.shape[0]} entries; give {count}")
-    from kernels.beam_search.kernel import step_inputs_kernel
+    check((lists is None) == (groups is None), "lists are of groups: give both or neither")
+    num_groups = 0
+    if lists is not None and groups is not None:
+        num_groups = groups[0].shape[0]
+        held = lists.max_positions + 1
+        check(lists.groups.shape[0] == num_groups, f"lists are of {lists.groups.shape[0]} groups; give {num_groups}")
+        check(held >= tables.num_positions, f"lists are of {held} positions; tables of {tables.num_positions}")
+    from kernels.beam_search.inputs import step_inputs_kernel
 
-    block = 128
-    step_inputs_kernel[(-(-count // block),)](
+    options = input_options(lists is not None)
+    programs = -(-count // options["BLOCK"])
+    if lists is not None:
+        programs += num_groups + 1
+    step_inputs_kernel[(programs,)](
         entry_slots,
         entry_beams,
+        *(groups or (entry_slots,) * 3),
         tables.sentences,
         tables.status,
         tables.rows,
         tables.token_ids,
+        tables.ancestry,
         out.token_ids,
         out.positions,
         out.rows,
         out.active.view(torch.uint8),
         out.banned,
+        *((lists.groups, lists.words, lists.in_use) if lists is not None else (entry_slots,) * 3),
         count,
+        num_groups,
+        tables.num_positions,
+        0 if lists is None else lists.max_positions,
+        0 if lists is None else lists.words.shape[1],
         start_token_id,
         eos_token_id,
-        NB=MAX_BEAMS,
-        FIELDS=SENTENCE_FIELDS,
-        BLOCK=block,
-        num_warps=4,
+        **options,
         **overlap(entry_slots),
     )
     return out
+
+
+def input_options(lists: bool) -> dict[str, int]:
+    """Constants and warps of `step_inputs`, with lists of the cells of each group or without."""
+    return {
+        "NB": MAX_BEAMS,
+        "FIELDS": SENTENCE_FIELDS,
+        "BLOCK": 128,
+        "SPAN": _BLOCK,
+        "LISTS": lists,
+        "num_warps": 4,
+    }
 
 
 def advance_sentences(

@@ -1,5 +1,6 @@
-"""Attention of the entries of one sentence (at most 8) on tensor cores, for 16 bits on Hopper: one program = one group and
-HP heads, a warp each. Gluon has no interpreter; `kernel.py` holds the plain twins, and what the cells are.
+"""Attention of the entries of one sentence (at most 8) on tensor cores, for 16 bits on Hopper: one program = HP heads,
+a warp each, of one group after another (as a rule of one: see `_turns`). Gluon has no interpreter; `kernel.py` holds the
+plain twins, and what the cells are.
 
 No shared memory and no barrier: every operand comes from global memory as its product wants it, 16 bytes a thread. The first
 product is queries [16 rows, 8 of them empty] by keys; the weights of its first eight rows then lie as the second operand of
@@ -12,8 +13,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from kernels.decode_attention.entries import ends_at_once, entries_of, follows_start_token
-from kernels.dependency import let_next_start, wait_for_kernels_before
+from kernels.dependency import let_next_start, prefetch_lines, wait_for_kernels_before
+from kernels.entries import ends_at_once, entries_of
+from kernels.history_lists import BLOCKS_AHEAD, GROUP_FIELDS, SEEN_BY
+
+CELLS = gl.constexpr((1 << SEEN_BY) - 1)  # bits of a word that number a cell
+SEEN, FIELDS, BLOCKS = gl.constexpr(SEEN_BY), gl.constexpr(GROUP_FIELDS), gl.constexpr(BLOCKS_AHEAD)
 
 
 @gluon.constexpr_function
@@ -55,12 +60,27 @@ def _axis(size: gl.constexpr, axis: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
-def _group(slots_ptr, starts_ptr, counts_ptr):
-    """(slot, first entry, number of entries: 0 for an unused group) of this program's group."""
-    group = gl.program_id(1)
+def _group(group, slots_ptr, starts_ptr, counts_ptr):
+    """(slot, first entry, number of entries: 0 for an unused group)."""
     slot = gl.load(slots_ptr + group)
     count = gl.load(counts_ptr + group)
     return slot, gl.load(starts_ptr + group), entries_of(slot, count, 8)
+
+
+@gluon.jit
+def _turns(slots_ptr, counts_ptr, G, TURNS: gl.constexpr, HP: gl.constexpr):
+    """How many groups this program takes: each one that lies a whole number of rows of the grid behind its first, up to the
+    last in use. A program for every group there may be would cost more than it does: even one with nothing to do needs room
+    beside the kernel before, and the kernel behind waits until it has started."""
+    L: gl.constexpr = gl.SliceLayout(
+        0, gl.SliceLayout(0, _layout([HP, 1, 32], [], [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]]))
+    )
+    turn = gl.arange(0, 32, layout=L)
+    group = gl.program_id(1) + turn * gl.num_programs(1)
+    there = (turn < TURNS) & (group < G)
+    count = gl.load(counts_ptr + group, mask=there, other=0)
+    slot = gl.load(slots_ptr + group, mask=there, other=-1)
+    return gl.max(gl.where((count > 0) & (slot >= 0), turn + 1, 0), 0)
 
 
 @gluon.jit
@@ -68,7 +88,7 @@ def _queries(q_ptr, q_stride, start, count, head, DH: gl.constexpr, HP: gl.const
     A: gl.constexpr = gl.DotOperandLayout(0, M, 8)
     entry = _axis(16, 1, A)
     at = _axis(HP, 0, A) * DH + entry * q_stride + _axis(DH, 2, A)
-    return gl.load(q_ptr + start.to(gl.int64) * q_stride + head * DH + at, mask=entry < count, other=0.0)
+    return gl.load(q_ptr + start.to(gl.int64) * q_stride + head * DH + at, mask=(entry < count) & (entry < 8), other=0.0)
 
 
 @gluon.jit
@@ -124,7 +144,7 @@ def _write(out_ptr, acc, total, start, count, head, H: gl.constexpr, DH: gl.cons
     gl.store(out_ptr + start.to(gl.int64) * (H * DH) + head * DH + at, context, mask=entry < count)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["G"])
 def cross_group_kernel(
     q_ptr,
     cells_ptr,
@@ -136,6 +156,8 @@ def cross_group_kernel(
     q_stride,
     slot_stride,
     scale_log2,
+    G,
+    TURNS: gl.constexpr,
     H: gl.constexpr,
     DH: gl.constexpr,
     HP: gl.constexpr,
@@ -152,82 +174,64 @@ def cross_group_kernel(
     wait_for_kernels_before(OVERLAP and not AHEAD)
     let_next_start(OVERLAP)
     head = gl.program_id(0) * HP
-    slot, start, count = _group(slots_ptr, starts_ptr, counts_ptr)
-    if ends_at_once(count):
+    turns = _turns(slots_ptr, counts_ptr, G, TURNS, HP)
+    if ends_at_once(turns):
         return
-    length = gl.load(lengths_ptr + slot, mask=count > 0, other=0)
-    cells = cells_ptr + slot.to(gl.int64) * slot_stride + head * DH
-    at_k = _axis(BS, 2, K)
-    at_v = _axis(BS, 1, V)
-    at = _axis(BS, 2, S)
-    k_ptrs = cells + (_axis(HP, 0, K) * DH + at_k * CELL + _axis(DH, 1, K))
-    v_ptrs = cells + H * DH + (_axis(HP, 0, V) * DH + at_v * CELL + _axis(DH, 2, V))
-    k = gl.load(k_ptrs, mask=at_k < length, other=0.0)
-    v = gl.load(v_ptrs, mask=at_v < length, other=0.0)
-    wait_for_kernels_before(OVERLAP and AHEAD)
-    q = _queries(q_ptr, q_stride, start, count, head, DH, HP, M)
-    score = gl.where(at < length, _scores(q, k, HP, BS, M, S) * scale_log2, float("-inf"))
-    peak, total, acc = _softmax_start(score, v, DH, HP, BS, M)
-    for first in range(BS, length, BS):
-        k = gl.load(k_ptrs + first * CELL, mask=at_k + first < length, other=0.0)
-        v = gl.load(v_ptrs + first * CELL, mask=at_v + first < length, other=0.0)
-        score = gl.where(at + first < length, _scores(q, k, HP, BS, M, S) * scale_log2, float("-inf"))
-        peak, total, acc = _softmax_step(score, v, peak, total, acc, DH, HP, BS, M)
-    _write(out_ptr, acc, total, start, count, head, H, DH, HP, M)
+    for turn in range(gl.maximum(turns, 1)):
+        group = gl.program_id(1) + turn * gl.num_programs(1)
+        slot, start, count = _group(group, slots_ptr, starts_ptr, counts_ptr)
+        length = gl.load(lengths_ptr + slot, mask=count > 0, other=0)
+        cells = cells_ptr + slot.to(gl.int64) * slot_stride + head * DH
+        at_k = _axis(BS, 2, K)
+        at_v = _axis(BS, 1, V)
+        at = _axis(BS, 2, S)
+        k_ptrs = cells + (_axis(HP, 0, K) * DH + at_k * CELL + _axis(DH, 1, K))
+        v_ptrs = cells + H * DH + (_axis(HP, 0, V) * DH + at_v * CELL + _axis(DH, 2, V))
+        k = gl.load(k_ptrs, mask=at_k < length, other=0.0)
+        v = gl.load(v_ptrs, mask=at_v < length, other=0.0)
+        wait_for_kernels_before(OVERLAP and AHEAD)
+        q = _queries(q_ptr, q_stride, start, count, head, DH, HP, M)
+        score = gl.where(at < length, _scores(q, k, HP, BS, M, S) * scale_log2, float("-inf"))
+        peak, total, acc = _softmax_start(score, v, DH, HP, BS, M)
+        for first in range(BS, length, BS):
+            k = gl.load(k_ptrs + first * CELL, mask=at_k + first < length, other=0.0)
+            v = gl.load(v_ptrs + first * CELL, mask=at_v + first < length, other=0.0)
+            score = gl.where(at + first < length, _scores(q, k, HP, BS, M, S) * scale_log2, float("-inf"))
+            peak, total, acc = _softmax_step(score, v, peak, total, acc, DH, HP, BS, M)
+        _write(out_ptr, acc, total, start, count, head, H, DH, HP, M)
 
 
 @gluon.jit
-def _shared_positions(ancestry_ptr, rows_ptr, ancestry_stride, start, count, row, last, HP: gl.constexpr):
-    """How many of the first `last` positions lie in the same cells for every entry: there their histories are one. Entries
-    of a group stand at one position; `row` is the first one's."""
-    L: gl.constexpr = gl.SliceLayout(
-        0, gl.SliceLayout(0, _layout([HP, 1, 32], [], [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]]))
-    )
-    lane = gl.arange(0, 32, layout=L)
-    shared = 0
-    for first in range(0, last, 32):
-        if shared == first:
-            t = first + lane
-            held = gl.load(ancestry_ptr + row.to(gl.int64) * ancestry_stride + t, mask=t < last, other=-1)
-            same = t < last
-            for mates in range(1, count, 4):  # four at a time: their loads wait together
-                for i in gl.static_range(4):
-                    mate = gl.load(rows_ptr + start + mates + i, mask=mates + i < count, other=-1)
-                    there = (t < last) & (mate >= 0)
-                    theirs = gl.load(ancestry_ptr + mate.to(gl.int64) * ancestry_stride + t, mask=there, other=-1)
-                    same = same & ((mate < 0) | (theirs == held))
-            shared = first + gl.min(gl.where(same, 32, lane), 0)
-    return shared
+def _seen(words, own, S: gl.constexpr):
+    """Words in the layout of values -> which of their cells each entry attends to, in the layout of scores."""
+    return (gl.convert_layout(gl.permute(words, (0, 2, 1)), S, assert_trivial=True) & own) != 0
 
 
 @gluon.jit
-def _cells(s, ancestry_ptr, rows_ptr, ancestry_stride, start, count, last, shared, log_width, size, max_positions):
-    """Cell number (row * T_max + position) of places s, -1 for none."""
-    beyond = s - shared
-    who = gl.where(beyond < 0, 0, beyond & ((1 << log_width) - 1))
-    position = gl.where(beyond < 0, s, shared + (beyond >> log_width))
-    there = (s < size) & (who < count)
-    row = gl.load(rows_ptr + start + who, mask=there, other=-1)
-    earlier = there & (position < last)
-    held = gl.load(ancestry_ptr + row.to(gl.int64) * ancestry_stride + position, mask=earlier, other=0)
-    held = gl.where(position == last, row, held)
-    return gl.where(there, held * max_positions + position, -1)
+def _ask_ahead(list_ptr, cells_ptr, known, head, H: gl.constexpr, DH: gl.constexpr, HP: gl.constexpr, BS: gl.constexpr):
+    """Ask in L2 for cells of the places behind the first BS that may be read by now: keys by half a warp, values by half."""
+    L: gl.constexpr = _layout([HP, 1, 32], [], [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]])
+    lane = _axis(32, 2, L)
+    own = (lane >> 4) * (H * DH) + (head + _axis(HP, 0, L)) * DH
+    oldest = gl.load(list_ptr)
+    for i in gl.static_range(BLOCKS):
+        place = BS + 16 * i + (lane & 15)
+        cell = gl.where(place < known, gl.load(list_ptr + place), oldest) & CELLS
+        line = cells_ptr + (cell.to(gl.int64) * (2 * H * DH) + own)
+        for part in gl.static_range(DH // 64):
+            prefetch_lines(line + 64 * part, True)
 
 
-@gluon.jit(do_not_specialize=["ancestry_stride"])
-def self_group_kernel(
+@gluon.jit
+def self_list_kernel(
     q_ptr,
     cells_ptr,
-    ancestry_ptr,
-    rows_ptr,
-    positions_ptr,
-    slots_ptr,
-    starts_ptr,
-    counts_ptr,
+    groups_ptr,
+    words_ptr,
+    in_use_ptr,
     out_ptr,
     q_stride,
-    row_stride,
-    ancestry_stride,
+    width,
     scale_log2,
     H: gl.constexpr,
     DH: gl.constexpr,
@@ -236,8 +240,9 @@ def self_group_kernel(
     AHEAD: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
-    """Every cell of the group's histories once. It lists them by places: first the positions whose cells all entries share,
-    then the others by position, and at each position by entry (a power of two of places, some of them empty)."""
+    """Every cell of the group's histories once, as `kernels.history_lists` has them. Keys of the next places are asked for
+    as soon as these are multiplied, values as soon as theirs are: no more registers than one block of places needs, so that
+    many programs fit beside one of the map before."""
     M: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [HP, 1, 1], [1, 16, 8])
     K: gl.constexpr = gl.DotOperandLayout(1, M, 8)
     V: gl.constexpr = values_layout(HP, BS, DH)
@@ -245,47 +250,53 @@ def self_group_kernel(
     CELL: gl.constexpr = 2 * H * DH
     wait_for_kernels_before(OVERLAP and not AHEAD)
     let_next_start(OVERLAP)
-    head = gl.program_id(0) * HP
-    _, start, count = _group(slots_ptr, starts_ptr, counts_ptr)
-    if ends_at_once(count):
+    turns = (gl.load(in_use_ptr) - gl.program_id(1) + gl.num_programs(1) - 1) // gl.num_programs(1)
+    if ends_at_once(turns):
         return
-    row = gl.load(rows_ptr + start, mask=count > 0, other=-1)
-    last = gl.load(positions_ptr + start, mask=row >= 0, other=-1)
-    log_width = (count > 1).to(gl.int32) + (count > 2).to(gl.int32) + (count > 4).to(gl.int32)
-    shared = last
-    if count > 1:
-        shared = _shared_positions(ancestry_ptr, rows_ptr, ancestry_stride, start, count, row, last, HP)
-    size = gl.where(row >= 0, shared + ((last + 1 - shared) << log_width), 0)
-    newest = shared + ((last - shared) << log_width)  # places from here on hold what this step writes
-    newest = gl.where(follows_start_token(last), 0, newest)  # all places are in the first step then
-    max_positions = row_stride // CELL
-    k_base = cells_ptr + head * DH + (_axis(HP, 0, K) * DH + _axis(DH, 1, K))
-    v_base = cells_ptr + (H + head) * DH + (_axis(HP, 0, V) * DH + _axis(DH, 2, V))
+    head = gl.program_id(0) * HP
     at_k = _axis(BS, 2, K)
     at_v = _axis(BS, 1, V)
-    at = _axis(BS, 2, S)
-    table = ancestry_ptr, rows_ptr, ancestry_stride, start, count, last, shared, log_width, size, max_positions
-    cell_k = _cells(at_k, *table)
-    cell_v = _cells(at_v, *table)
-    k = gl.load(k_base + cell_k.to(gl.int64) * CELL, mask=(cell_k >= 0) & (at_k < newest), other=0.0)
-    v = gl.load(v_base + cell_v.to(gl.int64) * CELL, mask=(cell_v >= 0) & (at_v < newest), other=0.0)
-    wait_for_kernels_before(OVERLAP and AHEAD)
-    q = _queries(q_ptr, q_stride, start, gl.where(row >= 0, count, 0), head, DH, HP, M)
-    if newest < BS:
-        k = gl.load(k_base + cell_k.to(gl.int64) * CELL, mask=(cell_k >= 0) & (at_k >= newest), other=k)
-        v = gl.load(v_base + cell_v.to(gl.int64) * CELL, mask=(cell_v >= 0) & (at_v >= newest), other=v)
-    own = (1 << log_width) - 1
-    entry = _axis(8, 1, S)
-    sees = (at < size) & ((at < shared) | (((at - shared) & own) == entry))
-    score = gl.where(sees, _scores(q, k, HP, BS, M, S) * scale_log2, float("-inf"))
-    peak, total, acc = _softmax_start(score, v, DH, HP, BS, M)
-    for first in range(BS, size, BS):
-        cell_k = _cells(at_k + first, *table)
-        cell_v = _cells(at_v + first, *table)
-        k = gl.load(k_base + cell_k.to(gl.int64) * CELL, mask=cell_k >= 0, other=0.0)
-        v = gl.load(v_base + cell_v.to(gl.int64) * CELL, mask=cell_v >= 0, other=0.0)
-        s = at + first
-        sees = (s < size) & ((s < shared) | (((s - shared) & own) == entry))
-        score = gl.where(sees, _scores(q, k, HP, BS, M, S) * scale_log2, float("-inf"))
-        peak, total, acc = _softmax_step(score, v, peak, total, acc, DH, HP, BS, M)
-    _write(out_ptr, acc, total, start, count, head, H, DH, HP, M)
+    k_base = cells_ptr + head * DH + (_axis(HP, 0, K) * DH + _axis(DH, 1, K))
+    v_base = cells_ptr + (H + head) * DH + (_axis(HP, 0, V) * DH + _axis(DH, 2, V))
+    for turn in range(gl.maximum(turns, 1)):
+        group = gl.program_id(1) + turn * gl.num_programs(1)
+        list_ptr = words_ptr + group * width
+        list_k = list_ptr + at_k
+        list_v = list_ptr + at_v
+        count = gl.load(groups_ptr + group * FIELDS + 1)
+        word_k = gl.load(list_k)  # a list is long enough for what is asked for before its size is known
+        word_v = gl.load(list_v)
+        next_k = gl.load(list_k + BS)
+        next_v = gl.load(list_v + BS)
+        start = gl.load(groups_ptr + group * FIELDS)
+        size = gl.load(groups_ptr + group * FIELDS + 2)
+        known = gl.load(groups_ptr + group * FIELDS + 3)
+        k = gl.load(k_base + (word_k & CELLS).to(gl.int64) * CELL, mask=at_k < known, other=0.0)
+        v = gl.load(v_base + (word_v & CELLS).to(gl.int64) * CELL, mask=at_v < known, other=0.0)
+        _ask_ahead(list_ptr, cells_ptr, known, head, H, DH, HP, BS)
+        wait_for_kernels_before(OVERLAP and AHEAD)
+        q = _queries(q_ptr, q_stride, start, gl.where(size > 0, count, 0), head, DH, HP, M)
+        if known < BS:
+            k = gl.load(k_base + (word_k & CELLS).to(gl.int64) * CELL, mask=(at_k >= known) & (at_k < size), other=k)
+            v = gl.load(v_base + (word_v & CELLS).to(gl.int64) * CELL, mask=(at_v >= known) & (at_v < size), other=v)
+        own = gl.full([1, 8, 1], 1 << SEEN, gl.int32, S) << _axis(8, 1, S)
+        peak = gl.full([HP, 8], float("-inf"), gl.float32, gl.SliceLayout(2, S))
+        total = gl.zeros([HP, 8], gl.float32, gl.SliceLayout(2, S))
+        acc = gl.zeros((HP, DH, 8), gl.float32, layout=M)
+        for first in range(0, size, BS):
+            score = gl.where(_seen(word_v, own, S), _scores(q, k, HP, BS, M, S), float("-inf"))
+            more = first + BS < size
+            k = gl.load(k_base + (next_k & CELLS).to(gl.int64) * CELL, mask=(at_k >= 0) & more, other=0.0)
+            new_peak = gl.maximum(peak, gl.max(score, 2))
+            base = gl.where(new_peak == float("-inf"), 0.0, new_peak) * scale_log2
+            weight = gl.exp2(score * scale_log2 - gl.expand_dims(base, 2))
+            decay = gl.exp2(peak * scale_log2 - base)
+            total = total * decay + gl.sum(weight, 2)
+            acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, M)), 1)
+            acc = _add_values(acc, weight, v, DH, HP, BS, M)
+            peak = new_peak
+            v = gl.load(v_base + (next_v & CELLS).to(gl.int64) * CELL, mask=(at_v >= 0) & more, other=0.0)
+            word_v = next_v
+            next_k = gl.load(list_k + first + 2 * BS, mask=(at_k >= 0) & (first + 2 * BS < size), other=0)
+            next_v = gl.load(list_v + first + 2 * BS, mask=(at_v >= 0) & (first + 2 * BS < size), other=0)
+        _write(out_ptr, acc, total, start, count, head, H, DH, HP, M)

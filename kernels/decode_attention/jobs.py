@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from kernels.compile_ahead import Job
 from kernels.decode_attention.tiles import (
     CROSS_GROUP_TILES,
     CROSS_TILES,
-    SELF_GROUP_TILES,
+    SELF_LIST_TILES,
     SELF_TILES,
-    GroupTiles,
     cross_constants,
     group_constants,
     scale_log2,
     self_constants,
 )
 
-_MODULE = "kernels.decode_attention.kernel"
+_MODULE, _GROUPED = "kernels.decode_attention.kernel", "kernels.decode_attention.grouped"
 
 
 def decode_attention_jobs(d_model: int, num_heads: int, dtype: torch.dtype) -> list[Job]:
@@ -47,19 +48,18 @@ def decode_attention_jobs(d_model: int, num_heads: int, dtype: torch.dtype) -> l
 
 def group_jobs(d_model: int, num_heads: int, dtype: torch.dtype) -> list[Job]:
     """The kernels for groups (Hopper, 16 bits) with the tiles of this head_dim, if it has any."""
-    head_dim = d_model // num_heads
-    jobs = [_group_job("self", d_model, num_heads, dtype, t) for t in (SELF_GROUP_TILES.get(head_dim),) if t is not None]
-    jobs += [_group_job("cross", d_model, num_heads, dtype, t) for t in CROSS_GROUP_TILES.get(head_dim, ())]
+    i32, head_dim = torch.int32, d_model // num_heads
+    scale = scale_log2(head_dim)
+    own: tuple[Any, ...] = (dtype, dtype, *(i32,) * 3, dtype, 1024, 352, scale)
+    cross: tuple[Any, ...] = (dtype, dtype, *(i32,) * 4, dtype, 1024, 65536, scale, 320)
+    jobs: list[Job] = []
+    if head_dim in SELF_LIST_TILES:
+        jobs.append((_GROUPED, "self_list_kernel", own, group_constants(num_heads, head_dim, SELF_LIST_TILES[head_dim])))
+    for tiles in CROSS_GROUP_TILES.get(head_dim, ()):
+        constants = group_constants(num_heads, head_dim, tiles) | {"TURNS": 4}
+        jobs.append((_GROUPED, "cross_group_kernel", cross, constants))
     return [
         (module, name, types, constants | {"AHEAD": ahead})
         for module, name, types, constants in jobs
         for ahead in (False, True)
     ]
-
-
-def _group_job(which: str, d_model: int, num_heads: int, dtype: torch.dtype, tiles: GroupTiles) -> Job:
-    i32, head_dim = torch.int32, d_model // num_heads
-    after = (1024, 65536, 129) if which == "self" else (1024, 65536)
-    types = (dtype, dtype, *(i32,) * (6 if which == "self" else 4), dtype, *after, scale_log2(head_dim))
-    constants = group_constants(num_heads, head_dim, tiles)
-    return ("kernels.decode_attention.grouped", f"{which}_group_kernel", types, constants)

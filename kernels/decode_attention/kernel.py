@@ -10,8 +10,8 @@ on Hopper take instead.
 import triton
 import triton.language as tl
 
-from kernels.decode_attention.entries import ends_at_once, entries_of, follows_start_token
 from kernels.dependency import let_next_start, wait_for_kernels_before
+from kernels.entries import ends_at_once, entries_of, follows_start_token
 
 
 @triton.jit(do_not_specialize=["R", "ancestry_stride"])

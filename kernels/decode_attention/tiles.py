@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.launch import next_power_of_two
+
 MAX_GROUP = 8  # entries of one source slot that a program takes
 _DOT_ROWS = 16  # the smallest number of rows of a tensor-core dot
 # Plain programs that find room at once (12 on each of 132 multiprocessors): more would only wait in each other's way.
@@ -43,9 +45,22 @@ SELF_TILES = {16: SelfTiles(4, 1, 2), 32: SelfTiles(4, 1, 4), 64: SelfTiles(1, 1
 CROSS_TILES = {16: CrossTiles(32, 2, 3), 32: CrossTiles(32, 2, 3), 64: CrossTiles(32, 2, 3), 128: CrossTiles(32, 2, 3)}
 
 # The number of heads changes no bit, so it may follow the number of groups: more of them, fewer programs.
-SELF_GROUP_TILES = {64: GroupTiles(4, 16), 128: GroupTiles(2, 16)}
+SELF_LIST_TILES = {64: GroupTiles(2, 16, 112), 128: GroupTiles(2, 16, 160)}
 CROSS_GROUP_TILES = {64: (GroupTiles(4, 32), GroupTiles(8, 32, 128))}
 MANY_GROUPS = 128
+MAX_TURNS = 32  # groups that a program can look ahead for
+
+
+def group_programs(num_groups: int, usual_groups: int | None) -> tuple[int, int]:
+    """Rows of programs for G groups of which as a rule `usual_groups` are in use (None: all), and the most groups that one
+    may have to take: a power of two, so that few kernels have to be compiled."""
+    if usual_groups is None or num_groups <= MANY_GROUPS:  # there is room for all
+        return num_groups, 1
+    wanted = max(1, min(usual_groups, num_groups))
+    turns = next_power_of_two(-(-num_groups // wanted))
+    if turns > MAX_TURNS:
+        return -(-num_groups // MAX_TURNS), MAX_TURNS
+    return wanted, turns
 
 
 def scale_log2(head_dim: int) -> float:

@@ -11,6 +11,7 @@ from kernels.route.tiles import FEW_TOKENS, GateTiles
 
 _FEW_FEATURES = 64  # a program, where tokens are few
 _LARGEST_CHUNK = 2048
+_FINISHED_ROWS = 4  # a program, a warp each
 
 
 def gate_constants(
@@ -47,6 +48,18 @@ def few_constants(d_model: int, num_experts: int, top_k: int, block_tokens: int,
         "BLOCK_TOKENS": block_tokens,
         "EPS": torch.finfo(dtype).eps,
         "num_warps": 4 if padded <= 32 else 8,
+    }
+
+
+def finish_constants(d_model: int, num_experts: int, top_k: int, dtype: torch.dtype) -> dict[str, Any]:
+    """`finish_route_kernel`: a warp chooses for a row, and all of a program's warps norm each of its rows."""
+    return {
+        "D": d_model,
+        "E": num_experts,
+        "TOP_K": top_k,
+        "ROWS": _FINISHED_ROWS,
+        "EPS": torch.finfo(dtype).eps,
+        "num_warps": _FINISHED_ROWS,
     }
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 from kernels.launch import check, overlap
-from kernels.route.constants import few_constants, gate_constants, order_constants
+from kernels.route.constants import few_constants, finish_constants, gate_constants, order_constants
+from kernels.route.folded import FoldedRouter
 from kernels.route.tiles import FEW_TOKENS, GateTiles, select_tiles
 from kernels.routing import Routing, empty_routing
+from kernels.row_products import RowProducts
+from kernels.row_statistics import RowStatistics
 
 _FEWEST_TOKENS_A_BLOCK = 16
 
@@ -67,6 +70,71 @@ def route(
         launch_gate(x, router_weight, router_bias, active, semaphores, routing, gate_scale, tiles)
         _launch_order(routing, semaphores, -(-num_tokens // tiles.tokens))
     return routing
+
+
+def route_products(
+    x: torch.Tensor,
+    products: RowProducts,
+    statistics: RowStatistics,
+    router: FoldedRouter,
+    *,
+    top_k: int,
+    block_tokens: int,
+    semaphores: torch.Tensor,
+    active: torch.Tensor | None = None,
+    gate_scale: float = 1.0,
+    out: Routing | None = None,
+    normed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Routing]:
+    """(norm(x) [T, D], what `route` makes of it): both from what the map that wrote x has left, in two launches.
+
+    x bf16[T, D], raw; products and statistics of x as it is (`products.parts` there, `statistics.valid`); router: the norm
+    and the router behind it. Logits are of the norm before its rounding, else as `route`; so is the rest.
+    Raises ValueError for operands that do not belong together.
+    """
+    num_tokens, d_model = x.shape
+    parts, experts = products.parts, products.count
+    check(top_k in (1, 2), f"top_k is {top_k}; choose 1 or 2")
+    check(
+        parts is not None and tuple(parts.shape[1:]) == (num_tokens, experts) and products.thirds.shape[1] == d_model,
+        f"the products are not those of x {list(x.shape)}: give it to the map that writes x",
+    )
+    check(statistics.valid and statistics.serves(num_tokens, d_model), "the statistics are not those of x")
+    check(router.sums.shape == (experts,) and x.is_contiguous(), "router or x do not belong to these products")
+    routing = out or empty_routing(num_tokens, top_k, experts, d_model, block_tokens, x.device)
+    normed = torch.empty_like(x) if normed is None else normed
+    check(
+        routing.expert_ids.shape == (num_tokens, top_k) and routing.block_tokens == block_tokens,
+        "out was made for another shape",
+    )
+    if num_tokens == 0:
+        for buffer in (routing.tokens_per_expert, routing.expert_offsets, routing.num_tiles, routing.sync):
+            buffer.zero_()
+        return normed, routing
+    from kernels.route.finish import finish_route_kernel
+
+    constants = finish_constants(d_model, experts, top_k, x.dtype)
+    finish_route_kernel[(-(-num_tokens // constants["ROWS"]),)](
+        x,
+        statistics.chunks,
+        parts,
+        router.sums,
+        router.shift,
+        router.norm_weight,
+        router.norm_bias,
+        x if active is None else active.view(torch.uint8),
+        normed,
+        routing.expert_ids,
+        routing.gate_weights,
+        num_tokens,
+        router.eps,
+        gate_scale,
+        HAS_ACTIVE=active is not None,
+        **constants,
+        **overlap(x),
+    )
+    _launch_order(routing, semaphores, 0)
+    return normed, routing
 
 
 def _launch_few(

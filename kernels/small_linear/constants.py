@@ -42,15 +42,25 @@ def gemm_constants(
 
 
 def specialized_constants(
-    n: int, k: int, tiles: LinearTiles, *, bias: bool, norm: int, relu: bool, mode: int, leave: bool = False
+    n: int,
+    k: int,
+    tiles: LinearTiles,
+    *,
+    bias: bool,
+    norm: int,
+    relu: bool,
+    mode: int,
+    leave: bool = False,
+    products: int = 0,
 ) -> dict[str, Any]:
-    """For `specialized_linear_kernel`; norm: its NORM, 0 to 3; leave: its LEAVE. Registers are shared out anew within a
-    program: 104 a thread are 168 and more for those that multiply. A program that takes few leaves room beside it for
-    attention's, which may start before it is over (a step of 320 rows: 1,098 -> 1,089 us); what would spill gets 128, and
-    168 where more than 64 sums a thread do not even compile with fewer."""
+    """For `specialized_linear_kernel`; norm: its NORM, 0 to 3; leave: its LEAVE; products: its E. Registers are shared out
+    anew within a program: 104 a thread are 168 and more for those that multiply. A program that takes few leaves room beside
+    it for attention's, which may start before it is over (a step of 320 rows: 1,098 -> 1,089 us); what would spill gets 128,
+    and 168 where more than 64 sums a thread do not even compile with fewer."""
     wide = tiles.bn * tiles.br > 1024 * tiles.warps
     many = tiles.bn == 256 or tiles.br == 128 or (wide and mode == 1) or (norm == 1 and tiles.br >= 64)
     return {
+        "E": products,
         "N": n,
         "K": k,
         "BN": tiles.bn,

@@ -35,9 +35,11 @@ def linear_jobs(
     mode: int = 0,
     hopper: bool = False,
     chunks: bool = False,
+    products: int = 0,
 ) -> list[Job]:
     """Jobs that cover one call with these tiles (mode 0: plain, 1: residual, 2: keys and values into the cache). chunks:
-    with statistics of chunks of the rows, read where a norm is folded in and left of a residual."""
+    with statistics of chunks of the rows, read where a norm is folded in and left of a residual; products: with
+    so many vectors besides."""
     f32 = torch.float32
     index = _I32 if mode == 2 else dtype
     vector = f32 if norm else dtype
@@ -64,10 +66,14 @@ def linear_jobs(
             block_descriptor(torch.empty(rows, k, dtype=dtype, device="meta"), rows, tiles.bk)
             for rows in (tiles.br, tiles.bn)
         ]
-        constants = specialized_constants(n, k, tiles, bias=True, norm=how, relu=relu, mode=mode, leave=leave)
+        what: dict[str, Any] = {"bias": True, "norm": how, "relu": relu, "mode": mode, "leave": leave}
+        constants = specialized_constants(n, k, tiles, **what, products=products)
+        router = blocks[0]
+        if products:
+            router = block_descriptor(torch.empty(3 * products, n, dtype=dtype, device="meta"), products, tiles.bn)
         statistics = (f32 if how >= 2 else dtype, f32 if leave else dtype)
         given = (dtype, dtype, vector, f32 if norm else dtype, *statistics, dtype, dtype)
-        args: tuple[Any, ...] = (*blocks, *given, *target, *sizes)
+        args: tuple[Any, ...] = (*blocks, router, *given, *target, f32 if products else dtype, *sizes)
         return [*jobs, ("kernels.small_linear.specialized", "specialized_linear_kernel", args, constants)]
     constants = gemm_constants(
         n, k, tiles, int8=int8, bias=True, norm=how, relu=relu, mode=mode, hopper=hopper, aligned=True
@@ -101,7 +107,7 @@ def int8_rows_jobs(
         block_descriptor(torch.empty(rows, k, dtype=code, device="meta"), rows, tiles.bk) for rows in (tiles.br, tiles.bn)
     ]
     constants = specialized_constants(n, k, tiles, bias=True, norm=0, relu=relu, mode=mode)
-    args = (*blocks, code, code, bias, f32, f32, f32, f32, f32, *target, *sizes, 1e-5)
+    args = (*blocks, blocks[0], code, code, bias, f32, f32, f32, f32, f32, *target, f32, *sizes, 1e-5)
     return [("kernels.small_linear.specialized", "specialized_linear_kernel", args, constants)]
 
 

@@ -6,6 +6,7 @@ import torch
 
 from kernels.launch import check
 from kernels.quantized_rows import QuantizedRows
+from kernels.row_products import RowProducts
 from kernels.row_statistics import RowStatistics
 from kernels.small_linear.folded import FoldedLinear
 from kernels.small_linear.int8_rows import check_int8_rows, launch_int8_rows
@@ -20,6 +21,7 @@ from kernels.small_linear.launches import (
     launch_library,
     launch_specialized,
     launch_statistics,
+    serves_products,
     stored_matrix,
 )
 from kernels.small_linear.scratch import SPLIT_ROWS, LinearScratch, buffer
@@ -41,6 +43,7 @@ def small_linear(
     scratch: LinearScratch | None = None,
     dtype: torch.dtype | None = None,
     statistics: RowStatistics | None = None,
+    products: RowProducts | None = None,
 ) -> torch.Tensor:
     """relu(x W^T + bias) -> out [R, N]; or, with a residual, added to it in place, and the residual is returned.
 
@@ -61,9 +64,12 @@ def small_linear(
     statistics: with a residual, where the new residual's go if these tiles can leave them (`valid` says so afterwards); with
     a FoldedLinear, those of x: where they are valid and the tiles can read them, nobody sums x up again. The sums are taken
     in another order then.
+    products: with a residual and statistics, the new residual's products are left there, too, where these tiles can (else
+    `parts` is None afterwards).
     Raises ValueError for operands that do not belong together.
     """
     n = weight.shape[0]
+    check(products is None or products.thirds.shape[1] == n, f"products are not of rows of {n} features")
     check(out is None or residual is None, "the result of a call with a residual is the residual: leave out=None")
     mode = OUT if residual is None else RESIDUAL
     result = residual if residual is not None else out
@@ -72,7 +78,7 @@ def small_linear(
         check(dtype is not None, "int8 rows do not say the result's dtype: pass out, residual or dtype")
         result = torch.empty((x.shape[0], n), dtype=dtype, device=x.device)
     _check_result(result, (x.shape[0], n), x, "out" if residual is None else "residual")
-    _linear(x, weight, bias, relu, mode, result, None, tiles, fixed, scratch, statistics)
+    _linear(x, weight, bias, relu, mode, result, None, tiles, fixed, scratch, statistics, products)
     return result
 
 
@@ -114,7 +120,7 @@ def qkv_linear(
         )
     q = torch.empty((x.shape[0], d), dtype=cells.dtype, device=cells.device) if q_out is None else q_out
     _check_result(q, (x.shape[0], d), x, "q_out", cells.dtype)
-    _linear(x, weight, bias, False, QKV, q, Cache(cells, rows, positions), tiles, fixed, scratch, statistics)
+    _linear(x, weight, bias, False, QKV, q, Cache(cells, rows, positions), tiles, fixed, scratch, statistics, None)
     return q
 
 
@@ -164,12 +170,15 @@ def _linear(
     fixed: bool,
     scratch: LinearScratch | None,
     known: RowStatistics | None,
+    products: RowProducts | None,
 ) -> None:
     """Check, choose tiles, launch: [row statistics,] GEMM with its epilogue, or library GEMM [, epilogue]."""
     (n, k), rows = weight.shape, x.shape[0]
     leave = None  # where this launch leaves statistics of its result
     if mode == RESIDUAL and known is not None:
         known.valid = False
+    if products is not None:
+        products.parts = None
     if isinstance(x, QuantizedRows):
         check_int8_rows(x, weight, bias, result.dtype)
         if rows > 0:
@@ -198,7 +207,9 @@ def _linear(
     if tiles.specialized:
         if mode == RESIDUAL and known is not None and known.serves(rows, n):
             known.valid, leave = True, known.chunks
-        launch_specialized(x, weight, bias, statistics, relu, mode, result, cache, tiles, leave=leave)
+        if products is not None and not (leave is not None and serves_products(x, tiles, products)):
+            products = None
+        launch_specialized(x, weight, bias, statistics, relu, mode, result, cache, tiles, leave=leave, products=products)
         return
     step = rows if tiles.split == 1 else SPLIT_ROWS
     for at in range(0, rows, step):

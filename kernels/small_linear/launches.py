@@ -10,6 +10,8 @@ import torch
 
 from kernels.int8_linear import Int8Linear
 from kernels.launch import check
+from kernels.row_products import COUNTS, RowProducts
+from kernels.row_statistics import CHUNK
 from kernels.small_linear.constants import (
     finish_constants,
     gemm_constants,
@@ -193,9 +195,11 @@ def launch_specialized(
     tiles: LinearTiles,
     row_scales: torch.Tensor | None = None,
     leave: torch.Tensor | None = None,
+    products: RowProducts | None = None,
 ) -> None:
     """As `launch_gemm`, by the kernel with a loading warp. statistics [R, 2], or of chunks [R, 2, K / 64];
-    row_scales: of int8 rows x, which have their norm behind them; leave: where statistics of the result's chunks go."""
+    row_scales: of int8 rows x, which have their norm behind them; leave: where statistics of the result's chunks go;
+    products: with what the result's rows are multiplied besides, and where that goes."""
     from kernels.small_linear.specialized import specialized_linear_kernel
 
     (n, k), rows = weight.shape, x.shape[0]
@@ -207,10 +211,14 @@ def launch_specialized(
     scales = stored.scales if isinstance(stored, Int8Linear) else matrix
     norm = 0 if folded is None else _IN_LOOP if statistics is None else _GIVEN if statistics.dim() == 2 else _BY_CHUNKS
     what: dict[str, Any] = {"bias": bias is not None, "relu": relu, "mode": mode, "leave": leave is not None}
+    what |= {"products": 0 if products is None else products.count}
     constants = specialized_constants(n, k, tiles, norm=norm, **what)
     specialized_linear_kernel[(-(-rows // tiles.br), n // tiles.bn)](
         block_descriptor(x, tiles.br, tiles.bk),
         block_descriptor(matrix, tiles.bn, tiles.bk),
+        block_descriptor(x, tiles.br, tiles.bk)
+        if products is None
+        else block_descriptor(products.thirds, products.count, tiles.bn),
         x,
         matrix,
         scales if bias is None else bias,
@@ -223,12 +231,18 @@ def launch_specialized(
         result if cache is None else cache.cells,
         result if cache is None else cache.rows,
         result if cache is None else cache.positions,
+        scales if products is None else products.allocate(rows),
         rows,
         0 if cache is None else cache.cells.shape[0],
         0 if cache is None else cache.cells.shape[1],
         0.0 if folded is None else folded.eps,
         **constants,
     )
+
+
+def serves_products(x: torch.Tensor, tiles: LinearTiles, products: RowProducts) -> bool:
+    """Whether specialized tiles that leave statistics can multiply their result's rows besides."""
+    return x.dtype == torch.bfloat16 and tiles.bn == CHUNK and tiles.br >= 64 and products.count in COUNTS
 
 
 def block_descriptor(matrix: torch.Tensor, rows: int, columns: int) -> Any:

@@ -24,12 +24,15 @@ from kernels.dependency import let_next_start, wait_for_kernels_before
 from kernels.small_linear.specialized_rows import (
     Form,
     Inputs,
+    Products,
     Target,
+    leave_products,
     leave_statistics,
     load_of_features,
     load_of_target,
     load_statistics,
     mean_and_rstd,
+    products_of_stored,
     store,
 )
 
@@ -61,7 +64,7 @@ class Ring:
 
 
 @gluon.jit
-def _produce(x, w, w_ptr, ring, row0, n0, form, PREFETCH: gl.constexpr, OVERLAP: gl.constexpr):
+def _produce(x, w, router, w_ptr, ring, products, row0, n0, form, PREFETCH: gl.constexpr, OVERLAP: gl.constexpr):
     """Fill the ring: weights of all stages, then rows, then both as stages become free."""
     STAGES: gl.constexpr = ring.STAGES
     STEPS: gl.constexpr = ring.STEPS
@@ -72,6 +75,10 @@ def _produce(x, w, w_ptr, ring, row0, n0, form, PREFETCH: gl.constexpr, OVERLAP:
         if stage < STEPS:
             mbarrier.expect(ring.ready.index(stage), BYTES)
             tma.async_copy_global_to_shared(w, [n0, stage * BK], ring.ready.index(stage), ring.ws.index(stage))
+    if products.E > 0:
+        mbarrier.expect(products.asked, 3 * products.E * form.BN * SIZE)
+        for third in gl.static_range(3):
+            tma.async_copy_global_to_shared(router, [third * products.E, n0], products.asked, products.vectors.index(third))
     if PREFETCH and STAGES < STEPS:  # noqa: SIM102 (the outer one is decided while compiling)
         if row0 == 0:
             strip = (w_ptr + n0.to(gl.int64) * form.K).to(gl.int64)
@@ -126,7 +133,7 @@ def _multiply(ring, shift, form):
 
 
 @gluon.jit
-def _consume(ring, inputs, target, row0, n0, form, OVERLAP: gl.constexpr):
+def _consume(ring, inputs, target, products, row0, n0, form, OVERLAP: gl.constexpr):
     """Products, norm, bias, ReLU, target. What is needed after the products is asked for before them: nothing waits for it
     then. int8 rows and weights: summed in int32, then times the scales of row and feature."""
     n = n0 + gl.arange(0, form.BN, gl.SliceLayout(0, form.OUT))
@@ -155,15 +162,20 @@ def _consume(ring, inputs, target, row0, n0, form, OVERLAP: gl.constexpr):
     if dtype == gl.float16:
         y = gl.where(y >= 65520.0, 64504.0, gl.where(y <= -65520.0, -64504.0, y))
     done = y.to(dtype)
+    if products.E > 0:
+        part = products_of_stored(done, products, form)
     if form.LEAVE:
         leave_statistics(done, row0, n0, target, form)
     store(done, r, n, n0, row, position, mask, target, form)
+    if products.E > 0:
+        leave_products(part, row0, n0, target.R, products, form)
 
 
 @gluon.jit(do_not_specialize=["R", "num_cells", "num_positions"])
 def specialized_linear_kernel(
     x,
     w,
+    router,
     x_ptr,
     w_ptr,
     bias_ptr,
@@ -176,10 +188,12 @@ def specialized_linear_kernel(
     cells_ptr,
     rows_ptr,
     positions_ptr,
+    parts_ptr,
     R,
     num_cells,
     num_positions,
     eps,
+    E: gl.constexpr,
     N: gl.constexpr,
     K: gl.constexpr,
     BN: gl.constexpr,
@@ -196,7 +210,8 @@ def specialized_linear_kernel(
     WARPS: gl.constexpr,
 ):
     """One program = BN features x BR rows. x and w are tensor descriptors of blocks [BR, BK] and [BN, BK]; rows past R read
-    as zeros. WARPS: of the multiplying part (num_warps, which the kernel's code cannot see inside a part)."""
+    as zeros. router: of blocks [E, BN] of the vectors' three parts. WARPS: of the multiplying part (num_warps, which the
+    kernel's code cannot see inside a part)."""
     xs = gl.allocate_shared_memory(x.dtype, [STAGES, BR, BK], x.layout)
     ws = gl.allocate_shared_memory(w.dtype, [STAGES, BN, BK], w.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -205,17 +220,24 @@ def specialized_linear_kernel(
         mbarrier.init(ready.index(stage), count=1)
         if STAGES < K // BK:  # else nobody waits for these: the compiler gives their memory to others, and a barrier made
             mbarrier.init(free.index(stage), count=1)  # there shows up among their data (seen with int8 rows)
+    vectors = ws
+    asked = ready
+    if E > 0:
+        vectors = gl.allocate_shared_memory(router.dtype, [3, E, BN], router.layout)
+        asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(asked, count=1)
     row0 = gl.program_id(0) * BR
     n0 = gl.program_id(1) * BN
     let_next_start(OVERLAP)  # what waits behind this kernel may start before: it waits too
     ring = Ring(xs, ws, ready, free, STAGES, K // BK)
     inputs = Inputs(x_ptr, bias_ptr, column_sums_ptr, statistics_ptr, scale_ptr, row_scale_ptr, eps)
     target = Target(out_ptr, cells_ptr, rows_ptr, positions_ptr, chunks_ptr, R, num_cells, num_positions)
+    products = Products(vectors, asked, parts_ptr, E, WARPS)
     form = Form(N, K, BN, BR, BK, WARPS, BIAS, NORM, RELU, MODE, LEAVE, x.dtype == gl.int8)
     gl.warp_specialize(
         [
-            (_consume, (ring, inputs, target, row0, n0, form, OVERLAP)),
-            (_produce, (x, w, w_ptr, ring, row0, n0, form, PREFETCH, OVERLAP)),
+            (_consume, (ring, inputs, target, products, row0, n0, form, OVERLAP)),
+            (_produce, (x, w, router, w_ptr, ring, products, row0, n0, form, PREFETCH, OVERLAP)),
         ],
         [1],
         [40],

@@ -7,6 +7,12 @@ a chunk of CHUNK features of a row: its mean, and the sum of squared distances t
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 from triton.language.core import _aggregate as aggregate
 
 from kernels.row_statistics import CHUNK as _CHUNK
@@ -61,6 +67,27 @@ class Target:
         self.R = R
         self.num_cells = num_cells
         self.num_positions = num_positions
+
+
+@aggregate
+class Products:
+    """The products of the stored rows with E vectors, over a tile's features: the vectors' three parts [3, E, BN], the
+    barrier that says that they are there, and where products go, parts [N / BN, R, E] (see `row_products`). E 0: none, and
+    vectors and barrier stand for nothing."""
+
+    vectors: gl.shared_memory_descriptor
+    asked: gl.shared_memory_descriptor
+    parts: gl.tensor
+    E: gl.constexpr
+    LAYOUT: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, vectors, asked, parts, E, WARPS):
+        self.vectors = vectors
+        self.asked = asked
+        self.parts = parts
+        self.E = gl.constexpr(E)
+        self.LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, E if E > 0 else 8, 16]))
 
 
 @aggregate
@@ -191,6 +218,27 @@ def leave_statistics(done, row0, n0, target, form):
     mask = (row < target.R)[:, None] & (chunk >= 0)[None, :]
     gl.store(pointers, gl.convert_layout(mean, L), mask=mask)
     gl.store(pointers + CHUNKS, gl.convert_layout(gl.sum(away * away, 2), L), mask=mask)
+
+
+@gluon.jit
+def products_of_stored(done, products, form):
+    """The products [BR, E] of a finished tile [BR, BN] with the vectors, not waited for: statistics and stores hide them."""
+    stored = gl.convert_layout(done, gl.DotOperandLayout(0, products.LAYOUT, 2))
+    mbarrier.wait(products.asked, 0)
+    part = warpgroup_mma_init(gl.zeros((form.BR, products.E), gl.float32, products.LAYOUT))
+    for third in gl.static_range(3):  # the smallest first
+        part = warpgroup_mma(stored, products.vectors.index(2 - third).permute((1, 0)), part, is_async=True)
+    return part
+
+
+@gluon.jit
+def leave_products(part, row0, n0, R, products, form):
+    """Wait for the products of `products_of_stored` and store them."""
+    part = warpgroup_mma_wait(0, deps=[part])
+    row = row0 + gl.arange(0, form.BR, gl.SliceLayout(1, products.LAYOUT))
+    vector = gl.arange(0, products.E, gl.SliceLayout(0, products.LAYOUT))
+    at = (n0 // form.BN * R + row)[:, None] * products.E + vector[None, :]
+    gl.store(products.parts + at, part, mask=(row < R)[:, None] & (vector >= 0)[None, :])
 
 
 @gluon.jit

@@ -26,11 +26,13 @@ from engine.accounting import (
     plan_memory,
 )
 from engine.config import PRECISIONS, EngineConfig, ModelConfig, QuantScheme
+from engine.device_runner import size_buckets
 from engine.kv_cache import KVCache
 from engine.model.allocation import allocate_transformer
 from engine.model.kernel_decoder import KernelDecoder
 from engine.model.kernel_layers import KernelDense, KernelOptions
 from engine.model.layers import DenseFeedForward
+from engine.search.device_search import DeviceSearch, StepShape
 from kernels.route.constants import gate_constants
 from kernels.route.tiles import GateTiles
 from tests.engine.tiny import TINY_EVEN, TINY_ODD, make_tiny_model
@@ -189,6 +191,20 @@ def test_the_routers_partial_sums_are_planned_at_their_largest() -> None:
     assert plan_memory(decoder_only, config).workspace_bytes - plan_memory(one_layer, config).workspace_bytes == (
         largest * entries // 4096
     )
+
+
+def test_history_lists_are_planned_as_the_search_holds_them() -> None:
+    config = EngineConfig(precision="w4a16", device="cuda", max_rows=315, max_source_slots=80)
+    buckets, held, planned = size_buckets(395), [], []
+    for positions in (40, 201):
+        options = {"num_slots": 80, "num_rows": 315, "start_token_id": 2, "eos_token_id": 2, "lists_from": 100}
+        device = torch.device("cpu")
+        search = DeviceSearch(**options, max_target_tokens=positions, entry_buckets=buckets, device=device)
+        lists = search.history_lists(StepShape(buckets[-1], 8, ()))
+        assert lists is not None
+        held.append(lists.num_bytes)
+        planned.append(plan_memory(NLLB_54B, replace(config, max_target_tokens=positions)).workspace_bytes)
+    assert planned[1] - planned[0] == held[1] - held[0] > 0
 
 
 def test_logits_of_ngram_rules_are_planned_beside_the_total() -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kernels.cross_attention_checks import CrossCase, cross_inputs
-from kernels.decode_attention import decode_cross_attention, decode_self_attention
+from kernels.decode_attention import decode_cross_attention, decode_self_attention, lists_from
+from kernels.history_lists import history_lists_reference
 from kernels.self_attention_checks import GroupCase, SelfCase, group_inputs, self_inputs
 from kernels.small_linear import qkv_linear, small_linear
 
@@ -23,7 +24,7 @@ def test_reading_ahead_changes_no_bit(cpu: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sentences", [1, 40])  # few entries, and so many that they are worked off by groups
+@pytest.mark.parametrize("sentences", [1, 40])  # few entries, and so many that they are worked off through lists
 def test_cells_read_ahead_in_a_captured_step_are_the_right_ones(sentences: int, cuda: torch.device) -> None:
     entries, heads, d, seen = 4 * sentences, 16, 1024, 20
     generator = torch.Generator(cuda).manual_seed(0)
@@ -41,11 +42,14 @@ def test_cells_read_ahead_in_a_captured_step_are_the_right_ones(sentences: int, 
     )
     groups = index[:sentences], index[:sentences] * 4, counts
     x = draw(entries, d)
+    lists = None
+    if entries >= (lists_from(heads, 64, x.dtype, cuda) or entries + 1):
+        lists = history_lists_reference(*groups, index, positions, ancestry, max_positions=64)
 
     def step(ready: bool) -> torch.Tensor:
         y = small_linear(x, weights[0])
         q = qkv_linear(y, weights[1], None, cells, index, positions)
-        y = decode_self_attention(q, cells, ancestry, index, positions, num_heads=heads, history_ready=ready, groups=groups)
+        y = decode_self_attention(q, cells, ancestry, index, positions, num_heads=heads, history_ready=ready, lists=lists)
         q = small_linear(y, weights[2])
         y = decode_cross_attention(q, source, lengths, *groups, num_heads=heads, source_ready=ready)
         return small_linear(y, weights[3])
@@ -58,6 +62,10 @@ def test_cells_read_ahead_in_a_captured_step_are_the_right_ones(sentences: int, 
     for position in range(seen, seen + 40):
         x.copy_(draw(entries, d))
         positions.fill_(position)
+        if lists is not None:
+            now = history_lists_reference(*groups, index, positions, ancestry, max_positions=64)
+            lists.groups.copy_(now.groups)
+            lists.words.copy_(now.words)
         graph.replay()
         got, written = captured.clone(), cells.clone()
         assert torch.equal(got, step(False))
@@ -67,7 +75,7 @@ def test_cells_read_ahead_in_a_captured_step_are_the_right_ones(sentences: int, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("poison", [math.nan, 50.0])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize(("sentences", "beams"), [(1, 4), (12, 4), (40, 4), (64, 1)])  # the last two: by groups
+@pytest.mark.parametrize(("sentences", "beams"), [(1, 4), (12, 4), (40, 4), (64, 1)])  # the last two: through lists
 def test_a_start_token_fed_in_the_same_step_is_not_read_ahead(
     sentences: int, beams: int, head_dim: int, poison: float, cuda: torch.device
 ) -> None:
@@ -89,12 +97,15 @@ def test_a_start_token_fed_in_the_same_step_is_not_read_ahead(
     starts = torch.cat((first_rows, rows_of_beams + index[:sentences]))
     counts = torch.cat((torch.full_like(first_rows, beams), torch.ones_like(first_rows)))
     x = draw(len(rows), d)
+    lists = None
+    if len(rows) >= (lists_from(heads, head_dim, x.dtype, cuda) or len(rows) + 1):
+        lists = history_lists_reference(slots, starts, counts, rows, positions, ancestry, max_positions=64)
 
     def step(ready: bool) -> torch.Tensor:
         y = small_linear(x, weights[0])
         q = qkv_linear(y, weights[1], None, cells, rows, positions)
-        operands, groups = (q, cells, ancestry, rows, positions), (slots, starts, counts)
-        return decode_self_attention(*operands, num_heads=heads, history_ready=ready, groups=groups)
+        operands = q, cells, ancestry, rows, positions
+        return decode_self_attention(*operands, num_heads=heads, history_ready=ready, lists=lists)
 
     step(True)
     torch.cuda.synchronize()

@@ -13,6 +13,8 @@ from engine.search.device_search import DeviceSearch, StepShape
 from engine.search.spec import SearchSpec
 from engine.slots import FreeList
 from engine.types import SearchOptions
+from kernels.beam_search.tables import NUM_TOKENS
+from kernels.history_lists import history_lists_reference
 
 NUM_SLOTS, NUM_ROWS, MAX_TOKENS = 5, 14, 9
 BUCKETS = (1, 2, 3, 4, 8, 16, 32)
@@ -27,7 +29,7 @@ class Sentence:
     is_new: bool = True
 
 
-def make_search() -> DeviceSearch:
+def make_search(lists_from: int | None = None) -> DeviceSearch:
     if torch.cuda.is_available():
         pytest.skip("the interpreter runs on machines without a GPU")
     return DeviceSearch(
@@ -38,6 +40,7 @@ def make_search() -> DeviceSearch:
         eos_token_id=2,
         entry_buckets=BUCKETS,
         device=torch.device("cpu"),
+        lists_from=lists_from,
     )
 
 
@@ -127,3 +130,29 @@ def test_compositions_are_those_of_a_plain_bookkeeper(seed: int) -> None:
     assert num_ended > 10
     assert num_removed > 3
     assert num_same > 3, "steps of the same sentences must not upload again"
+
+
+def test_steps_of_many_entries_list_their_histories() -> None:
+    """Of a size from which that pays on; smaller steps, and a search that is told of no size, list nothing."""
+    search = make_search(lists_from=8)
+    sentences = ((0, 4, 5), (2, 1, 1))  # slot, beams, tokens
+    taken = iter((7, 3, 12, 0, 9))
+    search.add([SearchSpec(slot, [next(taken) for _ in range(beams)], 5, MAX_TOKENS, SearchOptions(beam_size=beams))
+                for slot, beams, _ in sentences])  # fmt: skip
+    for slot, _, num_tokens in sentences:
+        search.tables.sentences[slot, NUM_TOKENS] = num_tokens
+    search.tables.ancestry[12, 3] = 7  # one of the beams has another parent there than its mates
+    shape = search.plan()
+    assert shape is not None and shape.num_entries == 8
+    inputs, lists = search.feed(shape), search.history_lists(shape)
+    assert lists is not None
+    operands = *search.groups(shape), inputs.rows, inputs.positions, search.tables.ancestry
+    twin = history_lists_reference(*operands, max_positions=MAX_TOKENS)
+    assert lists.groups[:4, 2].tolist() == [1 + 4 * 5, 2, 1, 1]
+    assert torch.equal(lists.groups, twin.groups)
+    assert int(lists.in_use) == int(twin.in_use) == 4
+    for mine, wanted, size in zip(lists.words, twin.words, twin.groups[:, 2].tolist(), strict=True):
+        assert torch.equal(mine[:size], wanted[:size])
+    assert search.history_lists(shape._replace(num_entries=4)) is None
+    assert make_search().history_lists(shape) is None
+    assert make_search(lists_from=100).history_lists(shape) is None

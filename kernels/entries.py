@@ -1,4 +1,4 @@
-"""What the entries of a step are: facts that the plain kernels and those for groups rest on (Gluon may call these too)."""
+"""What the entries of a step are: facts that search and attention kernels rest on (Gluon may call these too)."""
 # mypy: ignore-errors
 
 import triton
