@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 from pydantic import ValidationError
 
 from app.engine_thread import EngineDeadError
+from app.replica import Replica
 from app.settings import PoolSettings
 from app.wire import Busy, Failed, Refused, Translated
+from engine.config import EngineConfig
 from engine.types import TranslationRequest
 from tests.app.fakes import LANGUAGES, FakeTranslator, LocalReplica
 
@@ -96,3 +99,17 @@ def test_graceful_stop_finishes_what_was_accepted(monkeypatch: pytest.MonkeyPatc
         assert isinstance(await ours.translate([request("late comer")]), Failed)
 
     asyncio.run(scenario())
+
+
+def test_what_is_loaded_is_left_out_of_full_collections() -> None:
+    """Of the objects that the collector watched after loading, nearly all were there before: imports and the engine."""
+    settings = PoolSettings()
+    assert gc.get_freeze_count() == 0
+    try:
+        engine = Replica.func_or_class._load(replica(), settings.checkpoint_path(), EngineConfig())
+        watched = gc.get_objects()
+        assert gc.get_freeze_count() > 10 * len(watched)
+        assert not any(one is engine for one in watched)
+    finally:
+        gc.unfreeze()
+    assert any(one is engine for one in gc.get_objects())
