@@ -21,6 +21,7 @@ _SCALE_BYTES = 2
 _FP32_BYTES = 4
 _VOCABULARY_ALIGNMENT = 64  # rows of the output projection
 _ROUTER_PARTS = 16  # the most parts of d that the router's products are cut into; their sums are float32
+_CHUNK = 64  # features of a part of the products that the map before a router leaves
 _NGRAM_LOGITS = 2  # a step with n-gram rules holds logits by row, too, and while it makes those a reordered copy
 _LIBRARY_WORKSPACE_BYTES = 64 << 20  # cuBLAS keeps 32 MiB a stream on Hopper: one captures passes, one sets up
 _DRIVER_BYTES = 1550 << 20  # H100, CUDA 13: 606 MiB of context, the rest code and 64 captured passes
@@ -184,6 +185,7 @@ def plan_memory(config: ModelConfig, engine_config: EngineConfig) -> MemoryPlan:
     rest, cache = rest_bytes(config, item_bytes), rows + slots
     if not engine_config.device.startswith("cuda"):
         return MemoryPlan(experts, rest, copies, cache)
+    rest += _folded_router_bytes(config, engine_config)
     if engine_config.int8_dense:
         rest += _int8_change(config, item_bytes)
     workspace = _workspace_bytes(config, engine_config, item_bytes)
@@ -198,7 +200,7 @@ def fitting_precisions(config: ModelConfig, available_bytes: int) -> tuple[str, 
 
 def _workspace_bytes(config: ModelConfig, engine_config: EngineConfig, item_bytes: int) -> int:
     """Captured passes run one at a time and share one pool, so the largest decode step or encoder pass counts; then the
-    router's partial sums (given back before the experts run, but as a block of a size of its own), the products that linear
+    router's partial sums (given back when its layer is done, but as a block of a size of its own), the products that linear
     maps split, one buffer a stack, the lists of histories, and the workspaces of the GEMM library.
 
     A step holds the logits in float32 (each entry may be a live row or the start token of a new sentence), an encoder pass
@@ -213,7 +215,7 @@ def _workspace_bytes(config: ModelConfig, engine_config: EngineConfig, item_byte
     widest = max(3 * d, config.encoder_ffn_dim, config.decoder_ffn_dim)
     maps = item_bytes * widest * (tokens + entries)
     lists = _history_list_bytes(entries, engine_config.max_target_tokens)
-    return max(step, encoder) + _router_bytes(config, tokens, entries) + maps + lists + _LIBRARY_WORKSPACE_BYTES
+    return max(step, encoder) + _router_bytes(config, engine_config) + maps + lists + _LIBRARY_WORKSPACE_BYTES
 
 
 def _entries(engine_config: EngineConfig) -> int:
@@ -233,12 +235,29 @@ def _history_list_bytes(entries: int, max_target_tokens: int) -> int:
     return 4 * (1 + _round_up(entries, 16) * (words + 4))
 
 
-def _router_bytes(config: ModelConfig, tokens: int, entries: int) -> int:
+def _router_bytes(config: ModelConfig, engine_config: EngineConfig) -> int:
     """Partial sums of the router in the larger of the passes that route: a value for each part of d, token and expert,
-    experts rounded up to a power of two from 16 on."""
-    routed = [size for size, (_, sparse, _) in zip((tokens, entries), _stacks(config), strict=True) if sparse]
+    experts rounded up to a power of two from 16 on. In a decoder step the map before may leave them, by chunks of d."""
+    parts = max(_ROUTER_PARTS, config.d_model // _CHUNK) if _folds_routers(config, engine_config) else _ROUTER_PARTS
+    sizes = (engine_config.encode_token_budget * _ROUTER_PARTS, _entries(engine_config) * parts)
+    routed = [size for size, (_, sparse, _) in zip(sizes, _stacks(config), strict=True) if sparse]
     experts = max(16, 1 << (config.num_experts - 1).bit_length())
-    return _FP32_BYTES * _ROUTER_PARTS * experts * max(routed, default=0)
+    return _FP32_BYTES * experts * max(routed, default=0)
+
+
+def _folds_routers(config: ModelConfig, engine_config: EngineConfig) -> bool:
+    """Whether the decoder holds its routers a second time, multiplied by the norm before them (`kernels.route.folded`)."""
+    d = config.d_model
+    return (
+        engine_config.compute_dtype == "bfloat16" and config.num_experts in (16, 32, 64) and d >= _CHUNK and d & (d - 1) == 0
+    )
+
+
+def _folded_router_bytes(config: ModelConfig, engine_config: EngineConfig) -> int:
+    """Three bf16 parts of every router of the decoder, and two float32 sums an expert."""
+    if not _folds_routers(config, engine_config):
+        return 0
+    return num_sparse_layers(config, "decoder") * config.num_experts * (3 * 2 * config.d_model + 2 * _FP32_BYTES)
 
 
 def _int8_change(config: ModelConfig, item_bytes: int) -> int:

@@ -166,6 +166,7 @@ HOPPER_HEADS = (
             (320, 96, 8193, 8, False, (128, 256, 64, 64, 4, 11)),
             (311, 2048, 8191, 10, True, (128, 256, 64, 128, 4, 6)),
             (1024, 64, 320, 1, True, (128, 256, 64, 128, 4, 6)),
+            (129, 96, 170001, 8, True, (128, 128, 64, 128, 4, 7)),  # a step a tile: 11 tiles a program in 8 slots of scales
         ),
         int8_rows=True,
         online=True,

@@ -191,7 +191,6 @@ class KernelLayers:
                 layer.folded,
                 top_k=layer.top_k,
                 block_tokens=tiles.block_tokens,
-                semaphores=self._semaphores,
                 active=active,
                 gate_scale=layer.gate_scale,
                 out=buffers,

@@ -42,7 +42,8 @@ class TableReader:
         self._arrays: tuple[NDArray[Any], ...] = tuple(copy.numpy() for copy in self._copies)
 
     def read(self) -> tuple[NDArray[Any], ...]:
-        """What they hold now, valid until the next call; waits for the current stream."""
+        """What they hold now, valid until the next call; waits for the current stream. Without a GPU the tables themselves,
+        so valid only until they change."""
         if self._on_gpu:
             for copy, table in zip(self._copies, self._tables, strict=True):
                 copy.copy_(table, non_blocking=True)

@@ -13,41 +13,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from kernels.decode_attention.group_layouts import lanes_layout, out_layout, scores_layout, values_layout
 from kernels.dependency import let_next_start, prefetch_lines, wait_for_kernels_before
 from kernels.entries import ends_at_once, entries_of
 from kernels.history_lists import BLOCKS_AHEAD, GROUP_FIELDS, SEEN_BY
 
 CELLS = gl.constexpr((1 << SEEN_BY) - 1)  # bits of a word that number a cell
 SEEN, FIELDS, BLOCKS = gl.constexpr(SEEN_BY), gl.constexpr(GROUP_FIELDS), gl.constexpr(BLOCKS_AHEAD)
-
-
-@gluon.constexpr_function
-def _layout(shape, registers, lanes):
-    """A warp a head: bases of registers and lanes over the other two axes."""
-    heads = [[1 << bit, 0, 0] for bit in range(shape[0].bit_length() - 1)]
-    inside = [[0, *base] for base in registers if base[0] < shape[1] and base[1] < shape[2]]
-    return gl.DistributedLinearLayout(inside, [[0, *base] for base in lanes], heads, [], shape)
-
-
-@gluon.constexpr_function
-def values_layout(heads, positions, features):
-    """[HP, positions, DH]: a thread has pairs of positions and eight neighbouring features of each."""
-    registers = [[0, 1], [0, 2], [0, 4], [0, 64], [1, 0], [8, 0], [16, 0]]
-    return _layout([heads, positions, features], registers, [[2, 0], [4, 0], [0, 8], [0, 16], [0, 32]])
-
-
-@gluon.constexpr_function
-def scores_layout(heads, positions):
-    """[HP, 8 entries, positions]: the first eight rows of a product."""
-    registers, lanes = [[0, 1], [0, 8], [0, 16]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
-    return _layout([heads, 8, positions], registers, lanes)
-
-
-@gluon.constexpr_function
-def out_layout(heads, features):
-    """[HP, 8 entries, DH]: the transposed result, eight neighbouring features a thread."""
-    registers = [[0, 1], [0, 2], [0, 4], [0, 64], [1, 0]]
-    return _layout([heads, 8, features], registers, [[2, 0], [4, 0], [0, 8], [0, 16], [0, 32]])
 
 
 @gluon.jit
@@ -72,9 +44,7 @@ def _turns(slots_ptr, counts_ptr, G, TURNS: gl.constexpr, HP: gl.constexpr):
     """How many groups this program takes: each one that lies a whole number of rows of the grid behind its first, up to the
     last in use. A program for every group there may be would cost more than it does: even one with nothing to do needs room
     beside the kernel before, and the kernel behind waits until it has started."""
-    L: gl.constexpr = gl.SliceLayout(
-        0, gl.SliceLayout(0, _layout([HP, 1, 32], [], [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]]))
-    )
+    L: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, lanes_layout(HP)))
     turn = gl.arange(0, 32, layout=L)
     group = gl.program_id(1) + turn * gl.num_programs(1)
     there = (turn < TURNS) & (group < G)
@@ -210,7 +180,7 @@ def _seen(words, own, S: gl.constexpr):
 @gluon.jit
 def _ask_ahead(list_ptr, cells_ptr, known, head, H: gl.constexpr, DH: gl.constexpr, HP: gl.constexpr, BS: gl.constexpr):
     """Ask in L2 for cells of the places behind the first BS that may be read by now: keys by half a warp, values by half."""
-    L: gl.constexpr = _layout([HP, 1, 32], [], [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]])
+    L: gl.constexpr = lanes_layout(HP)
     lane = _axis(32, 2, L)
     own = (lane >> 4) * (H * DH) + (head + _axis(HP, 0, L)) * DH
     oldest = gl.load(list_ptr)

@@ -39,7 +39,7 @@ def _plane(w, shift: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, dtype: 
 
 @triton.jit
 def decode4(w, HALF: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr):
-    """Planes 4 * HALF to 4 * HALF + 3 of [BN, 32] words: code - 8."""
+    """Planes 4 * HALF to 4 * HALF + 3 of [BN, 32] words: code - 8 (bf16 by assembly: over BF16_PRODUCTS)."""
     if ASM and dtype == tl.float16:
         planes = tl.inline_asm_elementwise(A4H1 if HALF else A4H0, C4, [w], dtype=(tl.float16,) * 4, is_pure=True, pack=2)
     elif ASM:
@@ -58,7 +58,7 @@ def decode4(w, HALF: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr, dtype: t
 
 @triton.jit
 def decode8(w, HALF: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr):
-    """Planes 2 * HALF and 2 * HALF + 1 of [BN, 32] words: code - 128."""
+    """Planes 2 * HALF and 2 * HALF + 1 of [BN, 32] words: code - 128 (bf16 by assembly: over BF16_PRODUCTS)."""
     if ASM and dtype == tl.float16:
         planes = tl.inline_asm_elementwise(A8H1 if HALF else A8H0, C8, [w], dtype=(tl.float16,) * 2, is_pure=True, pack=2)
     elif ASM:

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from kernels.dependency import ask_for_bytes, wait_for_inputs
-from kernels.expert_gemm.products import accumulate, epilogue
+from kernels.expert_gemm.epilogue import epilogue
+from kernels.expert_gemm.products import accumulate
 
 
 @triton.jit

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from kernels.dependency import wait_for_inputs
-from kernels.expert_gemm.products import accumulate, ends, finish
+from kernels.expert_gemm.epilogue import ends, finish
+from kernels.expert_gemm.products import accumulate
 
 
 @triton.jit
@@ -44,7 +45,8 @@ def _tile(
     x_rows = (pairs // TOP_K if FIRST else start + lane).to(tl.int64)
     KB: tl.constexpr = 64 * JOIN if BITS == 16 else 1024 // BITS
     steps: tl.constexpr = (K + KB - 1) // KB
-    # cold memory: asked for now, nothing stands still for it at the end
+    # cold memory: asked for now, nothing stands still for it at the end; gates wait for `pairs` here, before the second step
+    # of weights is asked for
     scale, bias, gates = ends(s_ptr, b_ptr, gate_ptr, pairs, valid, expert, n_block, N, BITS, GROUP, BN, FIRST)
     acc = accumulate(
         x_ptr, x_rows, valid, w_ptr, s_ptr, expert, n_block, 0, steps, N, K, BITS, GROUP, BN, BT, JOIN, STAGES, ASM

@@ -27,11 +27,9 @@ def expert_gemm(
     """One grouped GEMM over experts, weights dequantized in registers, fp32 accumulation.
 
     first: relu(x W^T + b) of x [T, D] -> [P, F] in expert order. Not first: gate * (x W^T + b) of x [P, F] in expert
-    order -> [P, D] in
-    pair order. x, bias and out are bf16, fp16 or fp32; weight holds [E, N, K]. Rows of inactive pairs are not
-    written. An expert
-    without tokens costs nothing. One launch, no host sync. Raises ValueError for shapes or dtypes that do not belong
-    together.
+    order -> [P, D] in pair order. x, bias and out are bf16, fp16 or fp32; weight holds [E, N, K]. Rows of inactive
+    pairs are not written. An expert without tokens costs nothing. One launch, no host sync. Raises ValueError for
+    shapes or dtypes that do not belong together.
     """
     num_pairs = routing.gather_index.numel()
     rows = routing.num_tokens if first else num_pairs
@@ -83,12 +81,10 @@ def expert_ffn(
     """gate * (relu(x W1^T + b1) W2^T + b2) for every active (token, expert) pair: [T, k, D] in x's dtype.
 
     x bf16/fp16/fp32[T, D]; fc1 holds [E, F, D], fc2 [E, D, F]; bias1 [E, F], bias2 [E, D]; hidden: scratch [P, F] in
-    x's dtype.
-    Inactive pairs are not written: the reader masks them by expert_ids (add_layernorm does). The sum over k is its
-    reader's as well,
-    in slot order, so the result does not depend on timing. With tiles.split 1 a row's bits do not depend on its
-    batch either.
-    One or two launches, no host sync. routing.sync is used up: route again before the next call.
+    x's dtype. Inactive pairs are not written: the reader masks them by expert_ids (add_layernorm does). The sum over k
+    is its reader's as well, in slot order, so the result does not depend on timing. With tiles.split 1 a row's bits do
+    not depend on its batch either. One or two launches, no host sync. routing.sync is used up: route again before the
+    next call. Raises ValueError for shapes or dtypes that do not belong together.
     """
     num_pairs = routing.gather_index.numel()
     tiles = tiles or select_tiles(num_pairs, fc1)
@@ -97,6 +93,7 @@ def expert_ffn(
     )
     check(fc1.bits == fc2.bits and fc1.group_size == fc2.group_size, "fc1 and fc2 must be quantized alike")
     hidden = x.new_empty(num_pairs, fc1.num_features) if hidden is None else hidden
+    check(hidden.dtype == x.dtype, f"hidden is {hidden.dtype}, x is {x.dtype}: both GEMMs multiply in one dtype")
     out = x.new_empty(routing.num_tokens, routing.top_k, fc2.num_features) if out is None else out
     if not (tiles.fused or tiles.pipelined):
         expert_gemm(x, fc1, bias1, routing, first=True, tiles=tiles, out=hidden)
@@ -224,8 +221,7 @@ def gemm_constants(
 def ffn_constants(
     d_model: int, d_ff: int, top_k: int, bits: int, group_size: int, tiles: FfnTiles, asm: bool, on_gpu: bool
 ) -> dict[str, Any]:
-    """Compile-time arguments of `expert_ffn_kernel`. Only whole tiles are prefetched, and only where there is an L2
-    to ask."""
+    """Compile-time arguments of `expert_ffn_kernel`. Only whole tiles are prefetched, and only where an L2 can be asked."""
     prefetch = tiles.prefetch and on_gpu and d_ff % tiles.bn1 == 0 and d_model % tiles.bn2 == 0
     return {
         "D": d_model,
@@ -261,6 +257,5 @@ def _multiprocessors(device_index: int) -> int:
 
 
 def _programs(tiles: FfnTiles, x: torch.Tensor) -> int:
-    """Persistent programs; the interpreter runs them one after the other, so only one of them can ever wait for
-    another: one."""
+    """Persistent programs. One in the interpreter, which runs them one after the other: none may wait for a later one."""
     return _multiprocessors(x.device.index or 0) * tiles.programs_per_sm if x.is_cuda else 1

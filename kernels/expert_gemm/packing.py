@@ -1,21 +1,16 @@
 """One packed layout of expert weights for every token count.
 
-E experts, N output features, K input features. A *strip* is 64 output features; a *block* is 32 words of 32 bits a
-row, which hold
-KB = 1024 / bits input features. Packed data: int32[E, ceil(N/64), ceil(K/KB), 64, 32], so a step of a strip is 8 KB
-in one piece, and a
-strip of one expert is one unbroken run.
+E experts, N output features, K input features. A *strip* is 64 output features; a *block* is 32 words of 32 bits a row,
+which hold KB = 1024 / bits input features. Packed data: int32[E, ceil(N/64), ceil(K/KB), 64, 32], so a step of a strip is
+8 KB in one piece, and a strip of one expert is one unbroken run.
 
-Order inside a block: input feature j * 32 + 2 * t + side sits in words 2t, 2t + 1 (plane j, pair t, side 0 or 1).
-Word 2t holds planes
-j < planes/2, word 2t + 1 the others; side 0 lies in the low 16 bits, side 1 in the high 16, plane p of a word at bit
-bits * p of its half.
-So a plane is 32 neighbouring features, and one mask of a word gives both halves of a tensor-core register.
-Codes are stored plus 8 (int4) or plus 128 (int8). Padding rows and features hold code 0.
+Order inside a block: input feature j * 32 + 2 * t + side sits in words 2t, 2t + 1 (plane j, pair t, side 0 or 1). Word 2t
+holds planes j < planes/2, word 2t + 1 the others; side 0 lies in the low 16 bits, side 1 in the high 16, plane p of a word
+at bit bits * p of its half. So a plane is 32 neighbouring features, and one mask of a word gives both halves of a
+tensor-core register. Codes are stored plus 8 (int4) or plus 128 (int8). Padding rows and features hold code 0.
 
 Scales: one per output channel, fp[E, N]; or one per group of 64 or 128 input features, fp[E, ceil(N/64), groups, 64]
-(groups of the padded
-K), so that a step reads its scales in one piece. The float dtype given is kept.
+(groups of the padded K), so that a step reads its scales in one piece. The float dtype given is kept.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ PACK = 8  # chunks of a row whose maxima and sums lie together: 64 bytes
 _START_BLOCK = 1024
 MAX_PROGRAMS = 256  # of `online` that share a row's tokens: the second launch holds a number for each
 _ONLINE_REGISTERS = {2: 240, 3: 168, 4: 128, 5: 96}  # a lane, by groups of 4 warps
-_ROW_STAGES = {2: 4, 3: 4, 4: 3, 5: 3}  # of a group's own rows, by groups
+_ROW_STAGES = {2: 4, 3: 4, 4: 3, 5: 3}  # of a group's own rows, by groups: each costs all of them shared memory
 
 
 def chunk_options(tiles: HeadTiles) -> dict[str, int]:

@@ -42,9 +42,8 @@ def head_jobs(
         jobs = [("kernels.head_topk.specialized", name, (*inputs, f32, f32, i32, i32, i32, *outputs, 1001), constants)]
     else:
         jobs = [(_MODULE, "head_chunk_kernel", (*inputs, f32, f32, i32, i32, *outputs), constants)]
-    jobs.append(
-        (_MODULE, "head_merge_kernel", merge, merge_constants(k, vocab_size, bits, has_banned, tiles) | {"num_warps": 4})
-    )
+    merge_options = merge_constants(k, vocab_size, bits, has_banned, tiles) | {"num_warps": 4}
+    jobs.append(("kernels.head_topk.merge", "head_merge_kernel", merge, merge_options))
     if tiles.gated or tiles.specialized:
         start = start_constants(vocab_size, has_banned, tiles)
         jobs.append((_MODULE, "head_start_kernel", (i32, i32, i32, 1001, 1001, vocab_size), start))
@@ -63,7 +62,7 @@ def default_head_jobs(num_features: int, vocab_size: int, dtype: torch.dtype) ->
 
 
 def hopper_head_jobs(num_features: int, vocab_size: int, dtype: torch.dtype) -> list[Job]:
-    """The kernel that only Hopper runs, in every shape of tile that has been worth tuning there."""
+    """The first launches that only Hopper runs, in every shape of tile that has been worth tuning there."""
     shapes = (
         (128, 128, 0, 64, 6),
         (128, 128, 64, 64, 5),

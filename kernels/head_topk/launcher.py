@@ -47,7 +47,8 @@ def head_topk(
     values and log_sum_exp and token id 0; other rows do not notice. logits_scratch: fp32[>= R, >= vocab_size] for the
     logits that are read again, in an order of the kernels' own (gated tiles write a part of them only); out: result of
     an earlier call to overwrite; both are allocated when missing. tiles: default select_tiles; with fixed_tiles a row's
-    bits do not depend on R or on other rows. Two launches (gated tiles: three), no host sync, same bits every run.
+    bits do not depend on R or on other rows. Two launches (gated or specialized tiles: three), no host sync, same bits
+    every run.
     Raises ValueError for arguments that do not belong together.
     """
     num_rows, num_features = x.shape
@@ -64,7 +65,7 @@ def head_topk(
     check(num_chunks <= _MAX_CHUNKS, f"{num_chunks} chunks of the vocabulary; choose tiles with a larger block_vocab")
     check(
         not tiles.online or codes.dtype == torch.int8 or (bits == 16 and tiles.block_features <= 64),
-        "online tiles are for rows and weights of as many bits (16: block_features to 64): choose tiles with online=False",
+        "online tiles take int8 rows, or 16-bit rows and weights with block_features to 64: choose tiles with online=False",
     )
     # int8 codes come through the plain kernel's descriptors wrong now and then (Triton 3.6, H100, 64 rows and more).
     check(
@@ -108,7 +109,8 @@ def _launch(
     out: TopTokens,
     tiles: HeadTiles,
 ) -> None:
-    from kernels.head_topk.kernel import head_chunk_kernel, head_merge_kernel, head_start_kernel
+    from kernels.head_topk.kernel import head_chunk_kernel, head_start_kernel
+    from kernels.head_topk.merge import head_merge_kernel
 
     num_rows, num_features = x.shape
     matrix, scales = (weight.codes, weight.scales) if isinstance(weight, Int8Linear) else (weight, logits)
@@ -206,7 +208,7 @@ def _swizzled(tensor: torch.Tensor, rows: int, tiles: HeadTiles) -> Any:
 
 
 def token_scales(scales: torch.Tensor) -> Any:
-    """A descriptor of the scales [V] of an int8 head's tokens, read a chunk at a time."""
+    """A descriptor of the scales fp32[V] of an int8 head's tokens, read a chunk at a time."""
     from triton.experimental.gluon.language import NVMMASharedLayout, float32
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 

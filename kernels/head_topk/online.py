@@ -1,8 +1,9 @@
 """The first launch of `head_topk` on Hopper for many rows: every 64 rows have a group of four warps of their own.
 
 A program lives as long as the launch and works off tiles of CH tokens by all of its rows. Weights lie in a ring of shared
-memory that the last group fills for all; each group fills a ring of its own rows, so that groups may be apart by almost all
-stages of weights, and what one makes of its products (`online_results`) overlaps with what the others still multiply.
+memory that the last group fills for all; each group fills a ring of its own rows (`online_ring`), so that groups may be
+apart by almost all stages of weights, and what one makes of its products (`online_results`) overlaps with what the others
+still multiply.
 Sums of exponentials stay in registers, relative to the largest logit so far (online softmax), until the end. Rows are the M
 side of each product. 16-bit operands are summed in fp32, int8 codes in int32: then the scales of a tile's tokens come with
 its first weights. Gluon has no interpreter; `kernel.head_chunk_kernel` is the plain twin.
@@ -16,8 +17,7 @@ exponentials relative to it, of what a program saw), logits as in `kernel`.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.language.core import _aggregate as aggregate
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from kernels.dependency import wait_for_kernels_before
 from kernels.head_topk.online_results import (
@@ -33,87 +33,8 @@ from kernels.head_topk.online_results import (
     lane_scale,
     work_off,
 )
+from kernels.head_topk.online_ring import Ring, load_rows, load_weights, refill_rows, refill_weights
 from kernels.head_topk.ring import stage_after, stage_before
-
-
-@aggregate
-class Ring:
-    """Two rings: X_STAGES of BK features of ROWS rows for each of GROUPS groups, and STAGES of BK features of CH tokens for
-    all of them, with what says that they are full or free. A group alone reads its rows, so it needs no barrier to know them
-    free.
-
-    SLOTS (int8, else 0) of CH scales: as many as it takes that whoever asks for a tile's scales finds every group past the
-    results of the tile that had their slot.
-    """
-
-    xs: gl.shared_memory_descriptor
-    ws: gl.shared_memory_descriptor
-    scales: gl.shared_memory_descriptor
-    x_ready: gl.shared_memory_descriptor
-    ready: gl.shared_memory_descriptor
-    free: gl.shared_memory_descriptor
-    GROUPS: gl.constexpr
-    X_STAGES: gl.constexpr
-    STAGES: gl.constexpr
-    STEPS: gl.constexpr
-    BK: gl.constexpr
-    SLOTS: gl.constexpr
-
-    @gluon.constexpr_function
-    def __init__(self, xs, ws, scales, x_ready, ready, free, GROUPS, X_STAGES, STAGES, STEPS, BK, SLOTS):
-        self.xs = xs
-        self.ws = ws
-        self.scales = scales
-        self.x_ready = x_ready
-        self.ready = ready
-        self.free = free
-        self.GROUPS = gl.constexpr(GROUPS)
-        self.X_STAGES = gl.constexpr(X_STAGES)
-        self.STAGES = gl.constexpr(STAGES)
-        self.STEPS = gl.constexpr(STEPS)
-        self.BK = gl.constexpr(BK)
-        self.SLOTS = gl.constexpr(SLOTS)
-
-
-@gluon.jit
-def _load_weights(w, scales, ring, turn, tile, row_tiles, step, stage):
-    """Ask for a stage of weights; the scales of a tile's tokens (int8) come with its first stage."""
-    full = ring.ready.index(stage)
-    BYTES: gl.constexpr = CH * ring.BK * (ring.ws.dtype.primitive_bitwidth // 8)
-    if ring.SLOTS == 0:
-        mbarrier.expect(full, BYTES)
-    elif step == 0:
-        mbarrier.expect(full, BYTES + CH * 4)
-        slot = ring.scales.index(turn % ring.SLOTS)
-        tma.async_copy_global_to_shared(scales, [tile // row_tiles * CH], full, slot)
-    else:
-        mbarrier.expect(full, BYTES)
-    tma.async_copy_global_to_shared(w, [tile // row_tiles * CH, step * ring.BK], full, ring.ws.index(stage))
-
-
-@gluon.jit
-def _load_rows(group: gl.constexpr, x, ring, first, step, stage):
-    """Ask for a stage of a group's own rows."""
-    at = group * ring.X_STAGES + stage
-    full = ring.x_ready.index(at)
-    mbarrier.expect(full, ROWS * ring.BK * (ring.xs.dtype.primitive_bitwidth // 8))
-    tma.async_copy_global_to_shared(x, [first, step * ring.BK], full, ring.xs.index(at))
-
-
-@gluon.jit
-def _refill_weights(w, scales, ring, tiles, row_tiles, turn, tile, step, stage, phase):
-    """A stage gets what is due at `step`, counted from this tile's first, as soon as every group has left it."""
-    tile += step // ring.STEPS * gl.num_programs(0)
-    if tile < tiles:
-        mbarrier.wait(ring.free.index(stage), phase)
-        _load_weights(w, scales, ring, turn + step // ring.STEPS, tile, row_tiles, step % ring.STEPS, stage)
-
-
-@gluon.jit
-def _refill_rows(group: gl.constexpr, x, ring, tiles, tile, first, step, stage):
-    """The same for the group's own rows, which it has just left."""
-    if tile + step // ring.STEPS * gl.num_programs(0) < tiles:
-        _load_rows(group, x, ring, first, step % ring.STEPS, stage)
 
 
 @gluon.jit
@@ -135,11 +56,11 @@ def _work(group: gl.constexpr, x, w, scales, ring, sums_ptr, tiles, memory, mode
         for ahead in gl.static_range(STAGES):
             tile = gl.program_id(0) + ahead // STEPS * gl.num_programs(0)
             if tile < tiles:
-                _load_weights(w, scales, ring, ahead // STEPS, tile, row_tiles, ahead % STEPS, ahead)
+                load_weights(w, scales, ring, ahead // STEPS, tile, row_tiles, ahead % STEPS, ahead)
     wait_for_kernels_before(OVERLAP)
     for ahead in gl.static_range(X_STAGES):
         if gl.program_id(0) + ahead // STEPS * gl.num_programs(0) < tiles:
-            _load_rows(group, x, ring, first, ahead % STEPS, ahead)
+            load_rows(group, x, ring, first, ahead % STEPS, ahead)
     row_scale = 1.0
     if mode.INT8:
         row_scale = gl.load(memory.row_scales + rows, mask=rows < memory.R, other=0.0)
@@ -166,10 +87,10 @@ def _work(group: gl.constexpr, x, w, scales, ring, sums_ptr, tiles, memory, mode
             last = stage_before(stage, STAGES)
             mbarrier.arrive(ring.free.index(last), count=1, pred=step > 0)
             if step > 0:
-                _refill_rows(group, x, ring, tiles, tile, first, step + X_STAGES - 1, stage_before(x_stage, X_STAGES))
+                refill_rows(group, x, ring, tiles, tile, first, step + X_STAGES - 1, stage_before(x_stage, X_STAGES))
                 if LOADS:
                     parity = gl.where(stage == 0, phase ^ 1, phase)
-                    _refill_weights(w, scales, ring, tiles, row_tiles, turn, tile, step + STAGES - 1, last, parity)
+                    refill_weights(w, scales, ring, tiles, row_tiles, turn, tile, step + STAGES - 1, last, parity)
             stage, phase = stage_after(stage, phase, STAGES)
             x_stage, x_phase = stage_after(x_stage, x_phase, X_STAGES)
         bounds = 0
@@ -179,10 +100,10 @@ def _work(group: gl.constexpr, x, w, scales, ring, sums_ptr, tiles, memory, mode
         acc = warpgroup_mma_wait(0, deps=(acc,))
         last = stage_before(stage, STAGES)
         mbarrier.arrive(ring.free.index(last), count=1)
-        _refill_rows(group, x, ring, tiles, tile, first, STEPS + X_STAGES - 1, stage_before(x_stage, X_STAGES))
+        refill_rows(group, x, ring, tiles, tile, first, STEPS + X_STAGES - 1, stage_before(x_stage, X_STAGES))
         if LOADS:  # the others multiply on while this group works off its results
             parity = gl.where(stage == 0, phase ^ 1, phase)
-            _refill_weights(w, scales, ring, tiles, row_tiles, turn, tile, STEPS + STAGES - 1, last, parity)
+            refill_weights(w, scales, ring, tiles, row_tiles, turn, tile, STEPS + STAGES - 1, last, parity)
         if mode.INT8:
             slot = ring.scales.index(turn % ring.SLOTS)
             acc = gl.convert_layout(acc.to(gl.float32), WIDE, assert_trivial=True)
@@ -258,6 +179,7 @@ def head_online_kernel(
     mode = Mode(GROUPS, PACK, HAS_BANNED, GATED, INT8, WHOLE)
     # Every group waits for the kernels before. The next kernel is not let in early: its programs would crowd into the
     # multiprocessors that finish first.
+    # Gluon takes neither the group nor the function by a name of its own: these lists are written out.
     if ROW_GROUPS == 2:
         gl.warp_specialize(
             [

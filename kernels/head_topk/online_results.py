@@ -10,7 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
-from kernels.head_topk.results import _ordered
+from kernels.head_topk.constants import PACK
+from kernels.head_topk.results import ordered
 
 ROWS = gl.constexpr(64)
 CH = gl.constexpr(128)
@@ -82,7 +83,7 @@ def _save_ptx() -> str:
     )
 
 
-TELL = gl.constexpr(_tell_ptx(8))
+TELL = gl.constexpr(_tell_ptx(PACK))
 RAISE8 = gl.constexpr(_raise_ptx(8))
 RAISE16 = gl.constexpr(_raise_ptx(16))
 RAISE32 = gl.constexpr(_raise_ptx(32))
@@ -200,7 +201,7 @@ def work_off(acc, peak, total, row_scale, banned, early, bounds, bounds2, v0, fi
     keep = first + row < memory.R
     if mode.GATED:
         RAISE: gl.constexpr = RAISE8 if GROUPS == 8 else (RAISE16 if GROUPS == 16 else RAISE32)
-        order = _ordered(top)
+        order = ordered(top)
         keep &= reaches(order, bounds, bounds2)
         bound = (memory.thresholds + first * GROUPS + chunk % GROUPS + row * GROUPS).to(gl.int64)
         lifts = (keep & (taken == 0)).to(gl.int32)

@@ -99,8 +99,8 @@ def ask_row_scales(first, N: gl.constexpr, memory, mode):
 
 
 @gluon.jit
-def _ordered(value):
-    """As `kernel._ordered`."""
+def ordered(value):
+    """As `kernel.ordered`, for Gluon."""
     bits = gl.where(value == 0.0, 0.0, value).to(gl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -143,7 +143,7 @@ def tell(acc, row_scale, threshold, v0, first, N: gl.constexpr, memory, mode):
     pair = (memory.partials + (chunk // PACK * memory.R + rows) * (2 * PACK) + chunk % PACK * 2).to(gl.int64)
     gl.inline_asm_elementwise(STORE_PAIR_PTX, "=r,l,f,f,r", [pair, top, total, keep.to(gl.int32)], gl.int32, False, 1)
     if mode.GATED:
-        order = _ordered(top)
+        order = ordered(top)
         keep &= order >= threshold
         bound = (memory.thresholds + chunk % mode.GROUPS * memory.R + rows).to(gl.int64)
         gl.inline_asm_elementwise(RAISE_PTX, "=r,l,r,r", [bound, order, keep.to(gl.int32)], gl.int32, False, 1)

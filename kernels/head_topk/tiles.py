@@ -54,6 +54,7 @@ class HeadTiles:
                 and (self.warps, self.tma) == (4, True),
                 "specialized tiles: block_vocab and block_rows 128 or 256, extra_rows 0 or 64, warps=4, tma=True",
             )
+            check(self.stages >= 2, f"stages is {self.stages}; specialized tiles fill one beside the one in use: 2 or more")
         check(
             not self.online or (self.specialized and self.block_vocab == 128 and self.block_features >= 32),
             "online tiles: specialized=True, block_vocab 128, block_features 32 to 128 (int8 rows; 16 bits: to 64)",

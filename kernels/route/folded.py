@@ -23,6 +23,12 @@ class FoldedRouter:
     eps: float
 
 
+def serves(d_model: int, num_experts: int, dtype: torch.dtype) -> bool:
+    """Whether a kernel takes products of rows [T, D] of this dtype: bf16 alone, whose products with three bf16 parts are as
+    exact as fp32's."""
+    return dtype == torch.bfloat16 and num_experts in COUNTS and d_model % CHUNK == 0 and d_model & (d_model - 1) == 0
+
+
 def fold_router(
     router_weight: torch.Tensor,
     router_bias: torch.Tensor | None,
@@ -30,11 +36,10 @@ def fold_router(
     norm_bias: torch.Tensor,
     eps: float,
 ) -> FoldedRouter | None:
-    """The router [E, D] with the norm in front of it folded in; None where no kernel serves E, D or the rows' dtype (that of
-    the norm: bf16 alone, whose products with three bf16 parts are as exact as fp32's)."""
+    """The router [E, D] with the norm in front of it (weight and bias [D]) folded in; None where no kernel serves E, D or
+    the rows' dtype, which is the norm's."""
     experts, features = router_weight.shape
-    serves = experts in COUNTS and features % CHUNK == 0 and features & (features - 1) == 0
-    if not serves or norm_weight.dtype != torch.bfloat16:
+    if not serves(features, experts, norm_weight.dtype):
         return None
     thirds = split_in_thirds(router_weight.float() * norm_weight.float())
     sums = thirds.double().view(3, experts, features).sum((0, 2)).float()

@@ -6,8 +6,8 @@ import torch
 
 from kernels.compile_ahead import Job
 from kernels.route.constants import few_constants, finish_constants, gate_constants, order_constants
+from kernels.route.folded import serves
 from kernels.route.tiles import GateTiles
-from kernels.row_products import COUNTS
 
 
 def route_jobs(
@@ -25,7 +25,7 @@ def route_jobs(
     for pairs in (320 * top_k, 4096 * top_k):
         order = order_constants(pairs, num_experts, block_tokens)
         jobs.append(("kernels.route.order", "expert_order_kernel", (*(i32,) * 9, pairs, 400, 20), order))
-    if dtype == torch.bfloat16 and num_experts in COUNTS and d_model % 64 == 0 and d_model & (d_model - 1) == 0:
+    if serves(d_model, num_experts, dtype):
         operands = (dtype, f32, f32, f32, f32, dtype, dtype, torch.uint8, dtype, i32, f32, 320, 1e-5, 0.8)
         finish = finish_constants(d_model, num_experts, top_k, dtype) | {"HAS_ACTIVE": True}
         jobs.append(("kernels.route.finish", "finish_route_kernel", operands, finish))

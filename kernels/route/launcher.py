@@ -80,7 +80,6 @@ def route_products(
     *,
     top_k: int,
     block_tokens: int,
-    semaphores: torch.Tensor,
     active: torch.Tensor | None = None,
     gate_scale: float = 1.0,
     out: Routing | None = None,
@@ -88,9 +87,9 @@ def route_products(
 ) -> tuple[torch.Tensor, Routing]:
     """(norm(x) [T, D], what `route` makes of it): both from what the map that wrote x has left, in two launches.
 
-    x bf16[T, D], raw; products and statistics of x as it is (`products.parts` there, `statistics.valid`); router: the norm
-    and the router behind it. Logits are of the norm before its rounding, else as `route`; so is the rest.
-    Raises ValueError for operands that do not belong together.
+    x bf16[T, D], raw; products (of `router.thirds`) and statistics of x as it is (`products.parts` there,
+    `statistics.valid`); router: the norm and the router behind it. Logits are of the norm before its rounding; all else is
+    as of `route`. normed: bf16[T, D] to fill. Raises ValueError for operands that do not belong together.
     """
     num_tokens, d_model = x.shape
     parts, experts = products.parts, products.count
@@ -100,9 +99,14 @@ def route_products(
         f"the products are not those of x {list(x.shape)}: give it to the map that writes x",
     )
     check(statistics.valid and statistics.serves(num_tokens, d_model), "the statistics are not those of x")
-    check(router.sums.shape == (experts,) and x.is_contiguous(), "router or x do not belong to these products")
+    check(router.thirds is products.thirds, "the products are with another router: make them of `router.thirds`")
+    check(x.dtype == torch.bfloat16 and x.is_contiguous(), f"x is {x.dtype}{list(x.shape)}; want contiguous bfloat16")
     routing = out or empty_routing(num_tokens, top_k, experts, d_model, block_tokens, x.device)
     normed = torch.empty_like(x) if normed is None else normed
+    check(
+        normed.shape == x.shape and normed.dtype == x.dtype and normed.is_contiguous(),
+        f"normed is {normed.dtype}{list(normed.shape)}; want contiguous {x.dtype}{list(x.shape)}",
+    )
     check(
         routing.expert_ids.shape == (num_tokens, top_k) and routing.block_tokens == block_tokens,
         "out was made for another shape",
@@ -133,7 +137,7 @@ def route_products(
         **constants,
         **overlap(x),
     )
-    _launch_order(routing, semaphores, 0)
+    _launch_order(routing, routing.sync, 0)  # no program has waited for another: there are no semaphores to clear
     return normed, routing
 
 

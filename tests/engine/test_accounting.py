@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -25,16 +24,8 @@ from engine.accounting import (
     num_sparse_layers,
     plan_memory,
 )
-from engine.config import PRECISIONS, EngineConfig, ModelConfig, QuantScheme
-from engine.device_runner import size_buckets
+from engine.config import PRECISIONS, EngineConfig, ModelConfig
 from engine.kv_cache import KVCache
-from engine.model.allocation import allocate_transformer
-from engine.model.kernel_decoder import KernelDecoder
-from engine.model.kernel_layers import KernelDense, KernelOptions
-from engine.model.layers import DenseFeedForward
-from engine.search.device_search import DeviceSearch, StepShape
-from kernels.route.constants import gate_constants
-from kernels.route.tiles import GateTiles
 from tests.engine.tiny import TINY_EVEN, TINY_ODD, make_tiny_model
 
 NLLB_54B = ModelConfig(
@@ -175,38 +166,6 @@ def test_one_expert_a_token_needs_half_the_pairs() -> None:
     assert count_parameters(one) == count_parameters(two)
 
 
-def test_the_routers_partial_sums_are_planned_at_their_largest() -> None:
-    """The plan knows no tiles: it takes the most parts that the router's launcher takes, of the larger pass that routes."""
-    with pytest.raises(ValueError, match="choose 1 to 16"):
-        GateTiles(split=17)
-    config = EngineConfig(precision="w4a16", device="cuda", encode_token_budget=4096)
-    odd, even = replace(NLLB_54B, num_experts=100), replace(NLLB_54B, num_experts=128)
-    constants = gate_constants(2048, 100, 2, GateTiles(split=16), torch.bfloat16, on_gpu=True)
-    largest = torch.empty((16, 4096, constants["E_PAD"]), dtype=torch.float32, device="meta").nbytes
-    one_layer = replace(odd, encoder_sparse_step=0, decoder_sparse_step=0)
-    assert plan_memory(odd, config).workspace_bytes - plan_memory(one_layer, config).workspace_bytes == largest
-    assert plan_memory(odd, config).workspace_bytes == plan_memory(even, config).workspace_bytes
-    decoder_only = replace(even, encoder_sparse_step=0)
-    entries = config.max_rows + config.max_source_slots
-    assert plan_memory(decoder_only, config).workspace_bytes - plan_memory(one_layer, config).workspace_bytes == (
-        largest * entries // 4096
-    )
-
-
-def test_history_lists_are_planned_as_the_search_holds_them() -> None:
-    config = EngineConfig(precision="w4a16", device="cuda", max_rows=315, max_source_slots=80)
-    buckets, held, planned = size_buckets(395), [], []
-    for positions in (40, 201):
-        options = {"num_slots": 80, "num_rows": 315, "start_token_id": 2, "eos_token_id": 2, "lists_from": 100}
-        device = torch.device("cpu")
-        search = DeviceSearch(**options, max_target_tokens=positions, entry_buckets=buckets, device=device)
-        lists = search.history_lists(StepShape(buckets[-1], 8, ()))
-        assert lists is not None
-        held.append(lists.num_bytes)
-        planned.append(plan_memory(NLLB_54B, replace(config, max_target_tokens=positions)).workspace_bytes)
-    assert planned[1] - planned[0] == held[1] - held[0] > 0
-
-
 def test_logits_of_ngram_rules_are_planned_beside_the_total() -> None:
     """By row, and a reordered copy while that is made; a service that no one asks for such a rule never takes them."""
     gpu = EngineConfig(precision="w4a16", device="cuda", max_rows=320, max_source_slots=80)
@@ -215,46 +174,6 @@ def test_logits_of_ngram_rules_are_planned_beside_the_total() -> None:
     assert plan.ngram_bytes == 2 * logits
     assert plan.total_bytes == plan.experts_bytes + plan.rest_bytes + plan.kv_cache_bytes + plan.workspace_bytes
     assert plan_memory(NLLB_54B, replace(gpu, device="cpu")).ngram_bytes == 0
-
-
-def test_int8_dense_is_planned_as_the_decoder_holds_it() -> None:
-    """Bytes of the decoder's maps and head, with the option and without; what a folded norm leaves beside them is in
-    neither plan."""
-    raw = make_tiny_model(seed=0, **{**TINY_ODD, "d_model": 48, "decoder_layers": 5}).config.to_dict()
-    config = ModelConfig.from_dict(raw)
-    held, planned = [], []
-    for int8 in (False, True):
-        options = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
-        transformer = allocate_transformer(config, scheme=QuantScheme(4), max_tokens=8, **options)
-        for layer in transformer.decoder_layers:
-            for norm in (layer.self_attention_norm, layer.cross_attention_norm, layer.feed_forward_norm):
-                norm.weight.fill_(1.0)
-                norm.bias.fill_(0.0)
-            linears = [layer.self_attention.qkv, layer.cross_attention.query]
-            if isinstance(layer.feed_forward, DenseFeedForward):
-                linears.append(layer.feed_forward.fc1)
-            for linear in linears:
-                linear.weight.fill_(0.5)
-                linear.bias.fill_(0.0)
-        cache = KVCache.allocate(config, num_rows=1, max_target_tokens=1, num_source_slots=1, max_source_tokens=1, **options)
-        decoder = KernelDecoder(transformer, cache, max_entries=2, options=KernelOptions(int8_dense=int8))
-        total = sum(num_bytes(linear.weight) for layer in decoder._layers for linear in maps(layer))
-        held.append(total + (num_bytes(decoder._head) if int8 else 0))
-        planned.append(plan_memory(config, EngineConfig(device="cuda", int8_dense=int8)).rest_bytes)
-    assert planned[1] - planned[0] == held[1] - held[0]
-
-
-def maps(layer: Any) -> list[Any]:
-    """The dense linear maps of a layer of the kernels' decoder."""
-    feed_forward = layer.feed_forward
-    dense = [feed_forward.fc1, feed_forward.fc2] if isinstance(feed_forward, KernelDense) else []
-    return [layer.qkv, layer.self_out, layer.query, layer.cross_out, *dense]
-
-
-def num_bytes(weight: Any) -> int:
-    """Of a matrix as it is stored: floats, or codes and scales."""
-    stored = getattr(weight, "weight", weight)
-    return sum(t.nbytes for t in ((stored,) if isinstance(stored, torch.Tensor) else (stored.codes, stored.scales)))
 
 
 def test_what_fits() -> None:

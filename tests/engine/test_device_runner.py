@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ import engine.model.layers
 import engine.quantization.cpu_experts
 from engine.config import EngineConfig, ModelConfig
 from engine.device_runner import DeviceRunner, size_buckets, supports_kernels
+from engine.model import kernel_decoder
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.tokenizer import Tokenizer
 from engine.translator import Translator
 from engine.types import SearchOptions, Translation, TranslationRequest
 from engine.weights.loading import load_transformer
+from kernels.history_lists import SEEN_BY, HistoryLists
 from tests.engine.tiny import load_hf_model, make_tiny_checkpoint
 from tests.engine.tiny_tokenizer import TINY_LANGUAGES, random_texts, write_tiny_tokenizer
 
@@ -147,6 +150,44 @@ def test_same_results_as_the_plain_path(
     assert_same(run(translator, work, at_once=3), truth, ties)
     if device == "cuda":
         assert_same(run(translator, work, at_once=60), truth, ties)  # the same graphs again, another composition
+
+
+def attend_through_lists(q: torch.Tensor, cells: torch.Tensor, lists: HistoryLists, num_heads: int) -> torch.Tensor:
+    """Self-attention as the kernel that takes lists finds cells, entry by entry; NaN for entries of no group."""
+    keys, values = cells.flatten(0, 1).double().unbind(1)
+    out = torch.full(q.shape, float("nan"), dtype=q.dtype)
+    for (start, count, size, _), words in zip(lists.groups[: int(lists.in_use)].tolist(), lists.words, strict=False):
+        for entry in range(count):
+            seen = words[:size][words[:size] >> (SEEN_BY + entry) & 1 == 1] & ((1 << SEEN_BY) - 1)
+            query = q[start + entry].double().view(num_heads, -1)
+            weights = torch.softmax(torch.einsum("hd,thd->ht", query, keys[seen]) / query.shape[1] ** 0.5, 1)
+            out[start + entry] = torch.einsum("ht,thd->hd", weights, values[seen]).flatten().to(q.dtype)
+    return out
+
+
+def test_large_steps_attend_through_the_lists_of_their_own_histories(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel that takes lists is for Hopper; here a slow twin stands for it, and the interpreter makes the lists."""
+    sizes = set()
+    plain = kernel_decoder.decode_self_attention
+
+    def attend(q: torch.Tensor, cells: torch.Tensor, *operands: torch.Tensor, **options: Any) -> torch.Tensor:
+        lists = options.pop("lists")
+        sizes.add((len(q), lists is not None))
+        if lists is None:
+            return plain(q, cells, *operands, **options)
+        assert len(lists.groups) == len(q)
+        return attend_through_lists(q, cells, lists, options["num_heads"])
+
+    monkeypatch.setattr(kernel_decoder, "decode_self_attention", attend)
+    monkeypatch.setattr(kernel_decoder, "lists_from", lambda *about: 8)
+    work = requests(5, SEARCHES)
+    truth = run(plain_translator(checkpoint, CONFIG), work, at_once=3)
+    ended = run(kernel_translator(checkpoint, CONFIG, monkeypatch), work, at_once=3)
+    assert_same(ended, truth, greedy_ties(checkpoint, work, truth))
+    assert {listed for size, listed in sizes if size < 8} == {False}
+    assert {listed for size, listed in sizes if size >= 8} == {True}
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,4 +1,5 @@
-"""Decoders in a launch of their own: plain ones in the interpreter, assembly on a GPU, both over all 65,536 halves."""
+"""Decoders over all 65,536 halves of a word: in a launch of their own (plain ones in the interpreter, assembly on a GPU),
+and assembly instruction by instruction."""
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from kernels.cases import PRECISIONS
 from kernels.expert_checks import ExpertCase, expert_inputs
 from kernels.expert_gemm import FfnTiles, launcher, pack
 from kernels.expert_gemm.decode import decode4, decode8
-from kernels.expert_gemm.dequant import BF16_PRODUCTS
+from kernels.expert_gemm.dequant import BF16_PRODUCTS, dequantize_ptx
 
 
 @triton.jit
@@ -56,6 +57,65 @@ def decoded(bits: int, words: torch.Tensor, dtype: torch.dtype, *, asm: bool) ->
 def test_plain_decoder_gives_every_code(bits: int, cpu: torch.device) -> None:
     codes, words = all_halves(bits)
     assert torch.equal(decoded(bits, words.to(cpu), torch.float32, asm=False), codes.double())
+
+
+def permuted_bytes(a: torch.Tensor, b: torch.Tensor, selector: int) -> torch.Tensor:
+    """prmt.b32: nibble i of the selector says which of the eight bytes of a (0 to 3) and b (4 to 7) becomes byte i."""
+    both, taken = a | b << 32, torch.zeros_like(a)
+    for i in range(4):
+        taken |= (both >> 8 * (selector >> 4 * i & 0x7) & 0xFF) << 8 * i
+    return taken
+
+
+def run_ptx(assembly: str, words: torch.Tensor, outputs: int, float_dtype: torch.dtype) -> list[torch.Tensor]:
+    """Interpret the few instructions that the decoders use on every pair of words; each result as two floats [n, 2]."""
+    names = {f"${outputs + i}": words[:, i].long() & 0xFFFFFFFF for i in range(2)}
+
+    def value(name: str) -> torch.Tensor:
+        return torch.tensor(int(name, 0)) if name[0].isdigit() else names[name]
+
+    def floats(name: str) -> torch.Tensor:
+        bits = torch.stack((value(name) & 0xFFFF, value(name) >> 16), dim=-1)
+        return bits.to(torch.uint16).view(float_dtype).double()
+
+    for line in assembly.splitlines()[2:-1]:  # without braces and declarations
+        operation, rest = line.rstrip(";").split(" ", 1)
+        out, *arguments = (part.strip() for part in rest.split(","))
+        if operation == "mov.b32":
+            names[out] = value(arguments[0])
+        elif operation == "shr.u32":
+            names[out] = value(arguments[0]) >> int(arguments[1])
+        elif operation == "and.b32":
+            names[out] = value(arguments[0]) & value(arguments[1])
+        elif operation == "lop3.b32":
+            assert int(arguments[3], 0) == 0xEA
+            names[out] = (value(arguments[0]) & value(arguments[1])) | value(arguments[2])
+        elif operation == "prmt.b32":
+            names[out] = permuted_bytes(*map(value, arguments[:2]), int(arguments[2], 0))
+        else:
+            a, b = floats(arguments[0]), floats(arguments[1])
+            exact = a + b if operation.startswith("add") else a * b + floats(arguments[2])
+            rounded = exact.to(float_dtype).view(torch.uint16).long()
+            names[out] = rounded[..., 0] | rounded[..., 1] << 16
+    return [floats(f"${i}") for i in range(outputs)]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("half", [0, 1])
+def test_assembly_decodes_every_half_of_a_word(bits: int, dtype: str, half: int) -> None:
+    matrix, words = all_halves(bits)
+    pairs, per_half = words.reshape(-1, 2), 16 // bits
+    codes = matrix.view(64, -1, 2 * per_half, 16, 2).permute(1, 0, 3, 2, 4).reshape(len(pairs), -1, 2)  # [pair, plane, side]
+    float_dtype, factor = (torch.bfloat16, BF16_PRODUCTS) if dtype == "bf16" else (torch.float16, 1.0)
+    for first in range(0, per_half, 2):
+        assembly, constraints = dequantize_ptx(bits, dtype, half, first, 2)
+        assert constraints == "=&r,=&r,r,r"
+        for i, plane in enumerate(run_ptx(assembly, pairs, 2, float_dtype)):
+            assert torch.equal(plane * factor, codes[:, half * per_half + first + i].double())
+    assembly, _ = dequantize_ptx(bits, dtype, half)
+    for p, plane in enumerate(run_ptx(assembly, pairs, per_half, float_dtype)):
+        assert torch.equal(plane * factor, codes[:, half * per_half + p].double())
 
 
 @pytest.mark.gpu

@@ -126,6 +126,14 @@ def test_mismatched_operands_are_refused(change: dict[str, torch.Tensor], messag
         dataclasses.replace(inputs, **change).run(case.tiles)
 
 
+def test_a_hidden_layer_of_another_dtype_is_refused() -> None:
+    case = ExpertCase(7, 256, 512, 3, 2, PRECISIONS["w8a16"], FfnTiles(16, join=2))
+    inputs = expert_inputs(case, torch.device("cpu"), torch.float32)
+    operands = (inputs.x, inputs.fc1, inputs.bias1, inputs.fc2, inputs.bias2, inputs.routing)
+    with pytest.raises(ValueError, match="in one dtype"):
+        expert_ffn(*operands, tiles=case.tiles, hidden=torch.zeros(14, 512, dtype=torch.float16))
+
+
 def test_tiles_of_another_size_than_the_routing_are_refused() -> None:
     case = ExpertCase(7, 256, 512, 3, 2, PRECISIONS["w8a16"], FfnTiles(16, join=2))
     inputs = expert_inputs(case, torch.device("cpu"), torch.float32)

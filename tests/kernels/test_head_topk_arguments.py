@@ -81,6 +81,9 @@ def test_bad_tiles_and_bad_int8_heads_are_refused() -> None:
         replace(SPECIALIZED, block_rows=64)
     with pytest.raises(ValueError, match="specialized tiles: block_vocab and block_rows"):
         replace(SPECIALIZED, tma=False)
+    for hopper in (SPECIALIZED, replace(SPECIALIZED, block_rows=256, online=True)):  # a ring of one would wait for itself
+        with pytest.raises(ValueError, match="2 or more"):
+            replace(hopper, stages=1)
     with pytest.raises(ValueError, match="larger block_vocab"):
         head_topk(torch.zeros(1, 1), torch.zeros(140000, 1), k=1, vocab_size=140000, tiles=TILES)
     with pytest.raises(ValueError, match="block_vocab is 48"):

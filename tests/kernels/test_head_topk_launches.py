@@ -39,7 +39,7 @@ def test_the_start_lowers_thresholds_and_flags_tiles_with_banned_tokens(device: 
 @pytest.mark.parametrize("device", EVERYWHERE, ids=str)
 @pytest.mark.parametrize("vocab_size", [128, 200])  # whole chunks of 64; 200: the last one is 8 wide, in plain order
 def test_the_merge_reads_logits_in_the_order_of_the_specialized_kernel(device: torch.device, vocab_size: int) -> None:
-    from kernels.head_topk.kernel import head_merge_kernel
+    from kernels.head_topk.merge import head_merge_kernel
 
     rows, k, width, pack = 3, 5, 64, 2
     logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(5))
@@ -72,7 +72,7 @@ def test_the_merge_reads_logits_in_the_order_of_the_specialized_kernel(device: t
 def test_the_merge_takes_maxima_and_sums_that_lie_apart(
     device: torch.device, vocab_size: int, scaled: bool, has_banned: bool
 ) -> None:
-    from kernels.head_topk.kernel import head_merge_kernel
+    from kernels.head_topk.merge import head_merge_kernel
 
     rows, padded, programs, k, width, pack = 3, 4, 5, 2, 64, 2
     logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(6))

@@ -64,13 +64,14 @@ from pathlib import Path
 from kernels.compile_ahead import compile_kernel
 from kernels.expert_gemm import FfnTiles
 from kernels.expert_gemm.jobs import ffn_jobs
-for tiles in (
-    FfnTiles(64, 128, 128, stages=2, programs_per_sm=2, pipelined=True),
-    FfnTiles(32, 128, 64, stages=2, programs_per_sm=3, pipelined=True),
-    FfnTiles(32, 128, 128, stages=3, programs_per_sm=2, pipelined=True, x_stages=3),
+for tiles, in_flight in (
+    (FfnTiles(64, 128, 128, stages=2, programs_per_sm=2, pipelined=True), "1"),
+    (FfnTiles(32, 128, 64, stages=2, programs_per_sm=3, pipelined=True), "1"),
+    (FfnTiles(32, 128, 128, stages=3, programs_per_sm=2, pipelined=True, x_stages=3), "2"),  # dots in pairs
 ):
     ptx = compile_kernel(ffn_jobs(1024, 2048, 2, 4, 0, tiles)[0], 90).asm["ptx"]
-    assert "1" in re.findall(r"wgmma.wait_group.sync.aligned (\d+)", ptx), "every dot is waited for"
+    waits = re.findall(r"wgmma.wait_group.sync.aligned (\d+)", ptx)
+    assert in_flight in waits and in_flight == max(waits), waits
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.route import FoldedRouter, fold_router, order_reference, route_products, route_reference, semaphores
+from kernels.route import FoldedRouter, fold_router, order_reference, route_products, route_reference
 from kernels.row_products import RowProducts, chunk_products, split_in_thirds
 from kernels.row_statistics import RowStatistics, chunk_statistics
 from kernels.small_linear import LinearTiles, small_linear
@@ -44,9 +44,8 @@ def check_choice(
     """Norm, choices, gates and order against the norm in fp64 and what the router makes of it."""
     rows, experts = len(x), len(weight)
     active = torch.arange(rows, device=x.device) % 5 != 3
-    counters = semaphores(max(1, rows), x.device)
     options = {"top_k": top_k, "block_tokens": 16, "active": active, "gate_scale": 0.8}
-    normed, routing = route_products(x, products, statistics, folded, semaphores=counters, **options)  # type: ignore[arg-type]
+    normed, routing = route_products(x, products, statistics, folded, **options)  # type: ignore[arg-type]
     wide = x.double()
     truth = torch.nn.functional.layer_norm(
         wide, wide.shape[1:], folded.norm_weight.double(), folded.norm_bias.double(), folded.eps
@@ -64,7 +63,7 @@ def check_choice(
     assert torch.equal(routing.tokens_per_expert, ordered.tokens_per_expert)
     assert torch.equal(routing.scatter_index, ordered.scatter_index)
     assert int(routing.num_tiles) == int(ordered.num_tiles)
-    assert not counters.any()
+    assert not routing.sync.any()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 18])
@@ -121,13 +120,21 @@ def test_what_no_kernel_serves_is_not_folded(experts: int, features: int, dtype:
 def test_products_of_other_rows_are_refused(cpu: torch.device) -> None:
     x, _, _, folded = router_inputs(3, 256, 16, cpu, 0)
     statistics = RowStatistics(chunk_statistics(x), valid=True)
-    options = {"top_k": 2, "block_tokens": 16, "semaphores": semaphores(3, cpu)}
+    options = {"top_k": 2, "block_tokens": 16}
     for parts in (None, torch.zeros(4, 4, 16), torch.zeros(4, 3, 32)):
         with pytest.raises(ValueError, match="products are not those of x"):
             route_products(x, RowProducts(folded.thirds, parts), statistics, folded, **options)  # type: ignore[arg-type]
     products, stale = RowProducts(folded.thirds, torch.zeros(4, 3, 16)), RowStatistics(chunk_statistics(x))
     with pytest.raises(ValueError, match="statistics are not those of x"):
         route_products(x, products, stale, folded, **options)  # type: ignore[arg-type]
+    another = RowProducts(folded.thirds.clone(), torch.zeros(4, 3, 16))
+    with pytest.raises(ValueError, match="products are with another router"):
+        route_products(x, another, statistics, folded, **options)  # type: ignore[arg-type]
+    for wrong in (x.half(), x.repeat_interleave(2, 1)[:, ::2]):
+        with pytest.raises(ValueError, match="want contiguous bfloat16"):
+            route_products(wrong, products, statistics, folded, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="normed is"):
+        route_products(x, products, statistics, folded, normed=x.float(), **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"want contiguous bf16\[3 E, D\]"):
         RowProducts(torch.zeros(15, 128).bfloat16())
 

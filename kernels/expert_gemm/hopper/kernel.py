@@ -154,6 +154,8 @@ def expert_ffn_pipelined_kernel(
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     ROWS: gl.constexpr = 16 * WARPS
     HALVES: gl.constexpr = max(BN1, BN2) // ROWS
+    # half a warp reads 32 bytes of each of four neighbouring rows at a time: four phases of 32 bytes keep them out of each
+    # other's banks
     w_ring = gl.allocate_shared_memory(gl.int32, [W_STEPS * HALVES, ROWS, 32], gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     x0 = gl.allocate_shared_memory(dtype, [X_STEPS, BT, 64], LAYOUT)

@@ -156,3 +156,10 @@ def test_steps_of_many_entries_list_their_histories() -> None:
     assert search.history_lists(shape._replace(num_entries=4)) is None
     assert make_search().history_lists(shape) is None
     assert make_search(lists_from=100).history_lists(shape) is None
+
+
+def test_usual_groups_are_those_of_sentences_with_all_their_beams() -> None:
+    """Greedy: one an entry; eight candidates are for four beams, sixteen for eight."""
+    search = make_search()
+    shapes = [StepShape(*size, ()) for size in ((1, 1), (96, 1), (320, 8), (321, 8), (8, 16), (1, 8))]
+    assert [search.usual_groups(shape) for shape in shapes] == [1, 96, 80, 81, 1, 1]
