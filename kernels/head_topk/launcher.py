@@ -125,7 +125,7 @@ def _launch(
     if tiles.online:  # a program's tiles are of the same rows
         programs = min(vocab_tiles, MAX_PROGRAMS, max(1, _properties(x.device).multi_processor_count // row_tiles))
         sums = logits.new_empty((programs, padded_rows, 2))
-    banned_logits = logits.new_empty(num_rows)
+    banned_logits = partials if tiles.online else logits.new_empty(num_rows)
     bits, has_banned = 8 if isinstance(weight, Int8Linear) else 16, banned is not None
     given = out.token_ids if banned is None else banned
     thresholds, flags = given, given  # for tiles that read neither
@@ -133,8 +133,8 @@ def _launch(
     if tiles.gated or tiles.specialized:
         num_thresholds = constants["GROUPS"] * padded_rows
         thresholds = given.new_empty(num_thresholds)
-        flags = given.new_empty(vocab_tiles)
         start = start_constants(vocab_size, has_banned, tiles)
+        flags = given.new_empty(vocab_tiles) if start["FLAGS"] else thresholds
         head_start_kernel[(1,)](thresholds, flags, given, num_thresholds, num_rows, vocab_size, **start, **overlap(x))
     inputs = operands(x, matrix[:vocab_size], tiles)
     num_tiles = vocab_tiles * row_tiles

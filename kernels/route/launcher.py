@@ -55,14 +55,9 @@ def route(
     capacity = semaphores.numel() * _FEWEST_TOKENS_A_BLOCK
     check(capacity >= num_tokens, f"semaphores are for {capacity} tokens; x has {num_tokens}")
     few = num_tokens <= FEW_TOKENS and not fixed and tiles is None
-    routing = out or empty_routing(num_tokens, top_k, num_experts, d_model, block_tokens, x.device)
-    check(
-        routing.expert_ids.shape == (num_tokens, top_k) and routing.block_tokens == block_tokens,
-        "out was made for another shape",
-    )
+    routing = _buffers(out, x, num_experts, top_k, block_tokens)
     if num_tokens == 0:
-        for buffer in (routing.tokens_per_expert, routing.expert_offsets, routing.num_tiles, routing.sync):
-            buffer.zero_()
+        _route_nobody(routing)
     elif few:
         _launch_few(x, router_weight, router_bias, active, semaphores, routing, gate_scale)
     else:
@@ -101,19 +96,14 @@ def route_products(
     check(statistics.valid and statistics.serves(num_tokens, d_model), "the statistics are not those of x")
     check(router.thirds is products.thirds, "the products are with another router: make them of `router.thirds`")
     check(x.dtype == torch.bfloat16 and x.is_contiguous(), f"x is {x.dtype}{list(x.shape)}; want contiguous bfloat16")
-    routing = out or empty_routing(num_tokens, top_k, experts, d_model, block_tokens, x.device)
+    routing = _buffers(out, x, experts, top_k, block_tokens)
     normed = torch.empty_like(x) if normed is None else normed
     check(
         normed.shape == x.shape and normed.dtype == x.dtype and normed.is_contiguous(),
         f"normed is {normed.dtype}{list(normed.shape)}; want contiguous {x.dtype}{list(x.shape)}",
     )
-    check(
-        routing.expert_ids.shape == (num_tokens, top_k) and routing.block_tokens == block_tokens,
-        "out was made for another shape",
-    )
     if num_tokens == 0:
-        for buffer in (routing.tokens_per_expert, routing.expert_offsets, routing.num_tiles, routing.sync):
-            buffer.zero_()
+        _route_nobody(routing)
         return normed, routing
     from kernels.route.finish import finish_route_kernel
 
@@ -139,6 +129,21 @@ def route_products(
     )
     _launch_order(routing, routing.sync, 0)  # no program has waited for another: there are no semaphores to clear
     return normed, routing
+
+
+def _buffers(out: Routing | None, x: torch.Tensor, num_experts: int, top_k: int, block_tokens: int) -> Routing:
+    """`out`, if it is for routing x [T, D] so, or new ones."""
+    routing = out or empty_routing(len(x), top_k, num_experts, x.shape[1], block_tokens, x.device)
+    check(
+        routing.expert_ids.shape == (len(x), top_k) and routing.block_tokens == block_tokens,
+        "out was made for another shape",
+    )
+    return routing
+
+
+def _route_nobody(routing: Routing) -> None:
+    for buffer in (routing.tokens_per_expert, routing.expert_offsets, routing.num_tiles, routing.sync):
+        buffer.zero_()
 
 
 def _launch_few(
