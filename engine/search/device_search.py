@@ -25,6 +25,7 @@ from kernels.beam_search.tables import BOUNDS_BY_MAX, BROKEN, NGRAM_SIZE, RECORD
 from kernels.history_lists import HistoryLists
 
 _SLOTS, _BEAMS, _GROUP_SLOTS, _GROUP_STARTS, _GROUP_COUNTS = range(5)
+_CROWD = 64  # groups beyond the usual number from which on a step is captured for their number: some 0.2 ms a step then
 _CANDIDATES = (1, 8, 16)  # tokens kept an entry: greedy, up to 4 beams, up to 8; a captured step exists for each
 
 
@@ -43,11 +44,14 @@ class _Sentence:
 
 
 class StepShape(NamedTuple):
-    """What a captured step depends on: entries (padded), candidates an entry, n-gram sizes that any sentence bans."""
+    """What a captured step depends on: entries (padded), candidates an entry, n-gram sizes that any sentence bans, and
+    whether it has many more groups than sentences with all their beams would make: then there are programs for every group,
+    where groups beyond the usual number would be taken in turns."""
 
     num_entries: int
     num_candidates: int
     ngram_sizes: tuple[int, ...]
+    is_crowded: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,9 +180,9 @@ class DeviceSearch:
         return self._plan[_GROUP_SLOTS, :r], self._plan[_GROUP_STARTS, :r], self._plan[_GROUP_COUNTS, :r]
 
     def usual_groups(self, shape: StepShape) -> int:
-        """How many groups a step of this shape has where every sentence has all the beams that its candidates are for: 1, 4
-        or 8. There are more where some have fewer, and in the steps that feed start tokens."""
-        return -(-shape.num_entries // max(1, shape.num_candidates // 2))
+        """How many groups a step of this shape has: where every sentence has all the beams that its candidates are for, 1, 4
+        or 8, unless it is crowded. New sentences have two entries, and two groups, each in their first step."""
+        return shape.num_entries if shape.is_crowded else _usual_groups(shape.num_entries, shape.num_candidates)
 
     def advance(self, shape: StepShape, values: Tensor, token_ids: Tensor) -> None:
         """One token for every sentence, from its entries' best tokens: fp32 and int32 [R, K]."""
@@ -235,15 +239,10 @@ class DeviceSearch:
     def read(self, closed: Sequence[_Sentence], status: NDArray[np.int32]) -> list[SearchOutcome]:
         """Results of sentences that were closed with this status; waits for the current stream only."""
         hypotheses, scores, history = self._results.read()
-        outcomes = []
-        for sentence in closed:
-            spec, slot = sentence.spec, sentence.source_slot
-            is_broken = bool(status[slot] == BROKEN)
-            num_cells = min(spec.max_tokens, self._num_steps - sentence.first_step + 1) + 1
-            beams = history[list(spec.beam_rows), :num_cells]
-            found = [] if is_broken else trace(beams, hypotheses[slot], scores[slot], spec)
-            outcomes.append(outcome(spec, found, is_broken=is_broken))
-        return outcomes
+        specs = [sentence.spec for sentence in closed]
+        sound = [spec for spec in specs if status[spec.source_slot] != BROKEN]
+        found = dict(zip((s.source_slot for s in sound), trace(history, hypotheses, scores, sound), strict=True))
+        return [outcome(spec, found.get(spec.source_slot, ()), is_broken=spec.source_slot not in found) for spec in specs]
 
     def _drop(self, sentences: Sequence[_Sentence]) -> None:
         for sentence in sentences:
@@ -255,8 +254,11 @@ class DeviceSearch:
     def _upload(self, fed: list[_Sentence]) -> Composition:
         step = self._num_steps
         slots = np.array([s.source_slot for s in fed], dtype=np.int32)
-        new = slots[bisect.bisect_left(fed, step, key=lambda s: s.first_step) :]
+        first_new = bisect.bisect_left(fed, step, key=lambda s: s.first_step)
+        new = slots[first_new:]
         counts = self._num_beams[slots]
+        beams = int(counts.max())
+        counts[first_new:] = 1  # all beams of a new sentence are alike, and only the first may branch
         stops = np.cumsum(counts, dtype=np.int32)
         starts, rows = stops - counts, int(stops[-1])
         num_entries, num_groups = rows + len(new), len(fed) + len(new)
@@ -273,13 +275,17 @@ class DeviceSearch:
         plan[_GROUP_COUNTS, : len(fed)] = counts
         plan[_GROUP_COUNTS, len(fed) : num_groups] = 1
         copy_to_device(self._plan, plan)
-        beams = int(counts.max())
         candidates = 1 if beams == 1 else next(k for k in _CANDIDATES if k >= 2 * beams)
         ngrams = tuple(sorted({s.ngram_size for s in fed} - {0}))
         bucket = self._buckets[bisect.bisect_left(self._buckets, num_entries)]
         # start tokens are fed once, so a step with new sentences is followed by another composition
         stop_step = step + 1 if len(new) else min(s.stop_step for s in fed)
-        return Composition(fed, slots, StepShape(bucket, candidates, ngrams), stop_step)
+        is_crowded = num_groups >= _usual_groups(bucket, candidates) + _CROWD
+        return Composition(fed, slots, StepShape(bucket, candidates, ngrams, is_crowded), stop_step)
+
+
+def _usual_groups(num_entries: int, num_candidates: int) -> int:
+    return -(-num_entries // max(1, num_candidates // 2))
 
 
 def _record(spec: SearchSpec) -> list[int]:

@@ -111,7 +111,8 @@ def advance_kernel(
     """One token for one sentence, transformers' beam search rule for rule: 2N candidates; one that stops counts only among
     the N best; the N best others run on; the sentence closes when no running beam can beat its worst finished one.
 
-    values, top_ids [R, K]: the K best log-probabilities of each entry and their tokens, best first.
+    values, top_ids [R, K]: the K best log-probabilities of each entry and their tokens, best first. A group has an entry for
+    each beam, or in a sentence's first step only one, for its first: until that has branched the others may not win.
     """
     wait_for_inputs(OVERLAP)
     group = tl.program_id(0)
@@ -128,14 +129,13 @@ def advance_kernel(
         flags = tl.load(sentence + 3)
         position = tl.load(sentence + 4) + 1  # of the token chosen now
         j = tl.arange(0, NB)
-        mine = j < count
-        rows = tl.load(rows_ptr + slot * NB + j, mask=mine, other=0).to(tl.int64)
+        rows = tl.load(rows_ptr + slot * NB + j).to(tl.int64)
         hyp = hypotheses_ptr + (slot * NB + j) * 4
-        old_done = tl.load(hyp, mask=mine, other=0)
-        old_beam = tl.load(hyp + 1, mask=mine, other=0)
-        old_last = tl.load(hyp + 2, mask=mine, other=0)
-        old_length = tl.load(hyp + 3, mask=mine, other=0)
-        old_score = tl.load(score_ptr + slot * NB + j, mask=mine, other=float("-inf"))
+        old_done = tl.load(hyp)
+        old_beam = tl.load(hyp + 1)
+        old_last = tl.load(hyp + 2)
+        old_length = tl.load(hyp + 3)
+        old_score = tl.load(score_ptr + slot * NB + j)
         f = tl.arange(0, NB * K_PAD)
         from_beam = f // K_PAD
         usable = (from_beam < count) & (f % K_PAD < K)
@@ -155,7 +155,7 @@ def advance_kernel(
             # 2N candidates, best first
             c = tl.arange(0, 2 * NB)
             rank = _ranks(sums, f, usable)
-            valid = c < tl.minimum(2 * n, n * K)  # one candidate is enough where all sentences are greedy
+            valid = c < tl.minimum(2 * n, count * K)  # one candidate is enough where all sentences are greedy
             cand_sum = tl.where(valid, _placed(sums, rank, c), float("-inf"))
             cand_beam = _placed(from_beam, rank, c)
             cand_token = _placed(tokens, rank, c)

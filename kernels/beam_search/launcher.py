@@ -138,7 +138,8 @@ def advance_sentences(
 
     values fp32[R, K], top_token_ids int32[R, K]: log-probabilities of each entry's best tokens, best first, K >= 2 * beams
     (or 1 where all are greedy); NaN marks logits that are not finite. group_slots, group_starts, group_counts int32[G]: runs
-    of entries (count 0: unused); a run that starts with beam -1 is a start token and does not advance. One launch.
+    of entries (count 0: unused), one a beam; in a sentence's first step one for its first beam, for all are alike then and
+    only that may branch. A run that starts with beam -1 is a start token and does not advance. One launch.
     """
     entries, candidates = values.shape
     check(top_token_ids.shape == values.shape, "values and top_token_ids must be of one shape")

@@ -80,13 +80,13 @@ class Fleet:
         out = StepInputs.allocate(self.num_entries, self.device)
         return step_inputs(self.entry_slots, self.entry_beams, self.tables, start_token_id=START, eos_token_id=EOS, out=out)
 
-    def advance(self, values: torch.Tensor, ids: torch.Tensor) -> None:
+    def advance(self, values: torch.Tensor, ids: torch.Tensor, *, only_first_beams: bool = False) -> None:
         advance_sentences(
             values,
             ids,
             self.group_slots,
             self.group_starts,
-            self.group_counts,
+            self.group_counts.clamp(max=1) if only_first_beams else self.group_counts,
             self.entry_beams,
             self.tables,
             eos_token_id=EOS,
@@ -136,17 +136,24 @@ def test_search_matches_lists(cpu: torch.device, width: int) -> None:
     check_search(cpu, width, seed=0)
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_first_step_needs_first_beams_only(cpu: torch.device, width: int) -> None:
+    check_search(cpu, width, seed=0, first_alone=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("width", WIDTHS)
 def test_search_matches_lists_on_gpu(cuda: torch.device, width: int, seed: int) -> None:
-    check_search(cuda, width, seed)
+    check_search(cuda, width, seed, first_alone=seed % 2 == 1)
 
 
-def check_search(device: torch.device, width: int, seed: int) -> None:
+def check_search(device: torch.device, width: int, seed: int, *, first_alone: bool = False) -> None:
+    """first_alone: in the first step groups have one entry, and candidates of the other beams are NaN."""
     fleet = Fleet(device, WIDTHS[width], max_target_tokens=12)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(12):
+    for step in range(12):
+        alone = first_alone and step == 0
         inputs = fleet.inputs()
         check_inputs(fleet, inputs)
         values = torch.full((fleet.num_entries, width), float("nan"))
@@ -161,7 +168,10 @@ def check_search(device: torch.device, width: int, seed: int) -> None:
                     logprob[int(inputs.banned[entry])] = float("-inf")
                 top = logprob.float().topk(width)
                 values[entry], ids[entry] = top.values, top.indices.int()
-        fleet.advance(values.to(device), ids.to(device))
+        given = values.clone()
+        for s, state in enumerate(fleet.states if alone else ()):
+            given[fleet.first_entry[s] + 1 : fleet.first_entry[s] + state.num_beams] = float("nan")
+        fleet.advance(given.to(device), ids.to(device), only_first_beams=alone)
         for s, state in enumerate(fleet.states):
             if state.closed:
                 continue

@@ -53,12 +53,13 @@ def draw_spec(generator: np.random.Generator, slots: FreeList, rows: FreeList) -
 
 
 def expected_plan(fed: list[Sentence]) -> tuple[np.ndarray, StepShape]:
-    """Entries and groups one by one: all beams of every sentence, then the start tokens of new ones."""
-    entries = [(s.spec.source_slot, beam) for s in fed for beam in range(len(s.spec.beam_rows))]
+    """Entries and groups one by one: all beams of every sentence, of new ones the first, then the start tokens of those."""
+    widths = [1 if s.is_new else len(s.spec.beam_rows) for s in fed]
+    entries = [(s.spec.source_slot, beam) for s, width in zip(fed, widths, strict=True) for beam in range(width)]
     groups, start = [], 0
-    for s in fed:
-        groups.append((s.spec.source_slot, start, len(s.spec.beam_rows)))
-        start += len(s.spec.beam_rows)
+    for s, width in zip(fed, widths, strict=True):
+        groups.append((s.spec.source_slot, start, width))
+        start += width
     for s in fed:
         if s.is_new:
             groups.append((s.spec.source_slot, len(entries), 1))
@@ -137,10 +138,13 @@ def test_steps_of_many_entries_list_their_histories() -> None:
     search = make_search(lists_from=8)
     sentences = ((0, 4, 5), (2, 1, 1))  # slot, beams, tokens
     taken = iter((7, 3, 12, 0, 9))
-    search.add([SearchSpec(slot, [next(taken) for _ in range(beams)], 5, MAX_TOKENS, SearchOptions(beam_size=beams))
-                for slot, beams, _ in sentences])  # fmt: skip
-    for slot, _, num_tokens in sentences:
+    for slot, beams, num_tokens in sentences:  # the second begins a step later
+        rows = [next(taken) for _ in range(beams)]
+        search.add([SearchSpec(slot, rows, 5, MAX_TOKENS, SearchOptions(beam_size=beams))])
         search.tables.sentences[slot, NUM_TOKENS] = num_tokens
+        if slot == 0:
+            assert search.plan() == StepShape(2, 8, ()), "its first beam and its start token"
+            search.took()
     search.tables.ancestry[12, 3] = 7  # one of the beams has another parent there than its mates
     shape = search.plan()
     assert shape is not None and shape.num_entries == 8
@@ -148,9 +152,9 @@ def test_steps_of_many_entries_list_their_histories() -> None:
     assert lists is not None
     operands = *search.groups(shape), inputs.rows, inputs.positions, search.tables.ancestry
     twin = history_lists_reference(*operands, max_positions=MAX_TOKENS)
-    assert lists.groups[:4, 2].tolist() == [1 + 4 * 5, 2, 1, 1]
+    assert lists.groups[:4, 2].tolist() == [1 + 4 * 5, 2, 1, 0]
     assert torch.equal(lists.groups, twin.groups)
-    assert int(lists.in_use) == int(twin.in_use) == 4
+    assert int(lists.in_use) == int(twin.in_use) == 3
     for mine, wanted, size in zip(lists.words, twin.words, twin.groups[:, 2].tolist(), strict=True):
         assert torch.equal(mine[:size], wanted[:size])
     assert search.history_lists(shape._replace(num_entries=4)) is None
@@ -163,3 +167,27 @@ def test_usual_groups_are_those_of_sentences_with_all_their_beams() -> None:
     search = make_search()
     shapes = [StepShape(*size, ()) for size in ((1, 1), (96, 1), (320, 8), (321, 8), (8, 16), (1, 8))]
     assert [search.usual_groups(shape) for shape in shapes] == [1, 96, 80, 81, 1, 1]
+
+
+def test_many_new_sentences_get_programs_for_every_group() -> None:
+    """80 sentences of 4 beams: two entries each at first, all groups of their own; from the second step on 80 groups."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter runs on machines without a GPU")
+    search = DeviceSearch(
+        num_slots=80,
+        num_rows=320,
+        max_target_tokens=MAX_TOKENS,
+        start_token_id=2,
+        eos_token_id=2,
+        entry_buckets=(160, 320, 400),
+        device=torch.device("cpu"),
+    )
+    options = SearchOptions(beam_size=4)
+    search.add([SearchSpec(s, tuple(range(4 * s, 4 * s + 4)), 5, MAX_TOKENS, options) for s in range(80)])
+    shapes = []
+    for _ in range(2):
+        shape = search.plan()
+        assert shape is not None
+        shapes.append((shape, search.usual_groups(shape)))
+        search.took()
+    assert shapes == [(StepShape(160, 8, (), True), 160), (StepShape(320, 8, ()), 80)]

@@ -68,6 +68,7 @@ def test_a_reader_on_a_stream_of_its_own_waits_for_its_copies_alone(cuda: torch.
     """What is launched on the main stream meanwhile, here a write behind a long wait, is not waited for; later it shows."""
     table, other = torch.arange(30_000, dtype=torch.int32, device=cuda).view(100, 300), torch.ones(8, device=cuda)
     reader, stream = TableReader(table, other), torch.cuda.Stream()
+    table.add_(0)  # a kernel's first launch loads its code, which waits for the whole device
     torch.cuda.synchronize()
     torch.cuda._sleep(CYCLES)
     table.add_(1)
