@@ -59,7 +59,7 @@ def compile_kernel(job: Job, capability: int) -> Any:
     driver.set_active(Stub())
     kernel = getattr(importlib.import_module(module), name)
     if "OVERLAP" in kernel.arg_names and "OVERLAP" not in kwargs:
-        kwargs = kwargs | overlap_options(capability >= 90, cooperative="launch_cooperative_grid" in kwargs)
+        kwargs = kwargs | overlap_options(capability >= 90)
     return kernel.warmup(*args, grid=(1,), **kwargs)
 
 

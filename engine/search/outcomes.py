@@ -61,8 +61,8 @@ def _trace_side_by_side(
     before[:, 0] = 0  # nobody goes on from there
     flat, path = before.reshape(-1), np.empty((width, len(beams)), dtype=np.int64)
     path[0] = (starts[sentence] + beams) * width + lengths - 1
-    for at, then in pairwise(path):
-        np.take(flat, at, out=then, mode="clip")  # raising would take a copy of `out`
+    for here, before_it in pairwise(path):
+        np.take(flat, here, out=before_it, mode="clip")  # raising would take a copy of `out`
     tokens = cells[:, :, 0].reshape(-1)[path].T.tolist()  # of each hypothesis, backwards
     found: list[list[ScoredTokens]] = [[] for _ in specs]
     best = scores[slots][wanted].tolist()

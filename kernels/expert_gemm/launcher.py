@@ -160,7 +160,7 @@ def _launch_ffn(
         max_tiles,
         **constants,
         **launch_options(tiles, x.is_cuda),
-        **overlap(x, cooperative=not tiles.dynamic),
+        **overlap(x),
     )
 
 

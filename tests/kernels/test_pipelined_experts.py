@@ -14,9 +14,9 @@ from kernels.cases import PRECISIONS
 from kernels.checks import LIMITS
 from kernels.compile_ahead import Job
 from kernels.expert_checks import ExpertCase, check_expert_case, expert_case_jobs, expert_inputs, pipelined_cases
-from kernels.expert_gemm import FfnTiles, expert_gemm, select_tiles
+from kernels.expert_gemm import FfnTiles, expert_ffn_reference, expert_gemm, select_tiles
 from kernels.expert_gemm.hopper.launcher import check_pipelined, pipelined_constants
-from kernels.testing import random_experts
+from kernels.testing import random_experts, relative_error
 
 CASES = [(c, torch.bfloat16) for c in pipelined_cases()] + [(c, torch.float16) for c in pipelined_cases()[::2]]
 
@@ -54,6 +54,28 @@ def test_gpu_pipelined_bits_do_not_depend_on_the_batch(cuda: torch.device) -> No
         inputs, x=inputs.x[-70:].contiguous(), routing=order_reference(ids, gates, 3, case.d_model, case.tiles.block_tokens)
     )
     assert torch.equal(few.run(case.tiles)[ids >= 0], whole[-70:][ids >= 0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tiles", [33, 34, 37, 42, 67])
+def test_gpu_programs_with_one_item_more_change_no_bits(num_tiles: int, cuda: torch.device) -> None:
+    """Each expert has one tile, so two programs a multiprocessor have few items over full rounds; one program has others."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    from kernels.route import order_reference
+
+    tiles = FfnTiles(32, 128, 128, stages=3, programs_per_sm=2, pipelined=True, x_stages=3)
+    case = ExpertCase(num_tiles * 9, 1024, 2048, num_tiles, 1, PRECISIONS["w4a16"], tiles, "one")
+    inputs = expert_inputs(case, cuda, torch.bfloat16)
+    ids = (torch.arange(case.num_tokens, dtype=torch.int32, device=cuda) % num_tiles)[:, None]
+    routing = order_reference(ids, inputs.routing.gate_weights, num_tiles, case.d_model, tiles.block_tokens)
+    assert int(routing.num_tiles) == num_tiles
+    inputs = dataclasses.replace(inputs, routing=routing)
+    out = inputs.run(tiles)
+    truth = expert_ffn_reference(inputs.x, inputs.fc1, inputs.bias1, inputs.fc2, inputs.bias2, routing, dtype=torch.float64)
+    assert relative_error(out, truth) <= LIMITS[torch.bfloat16]
+    for other in (tiles, tiles, dataclasses.replace(tiles, programs_per_sm=1)):
+        assert torch.equal(inputs.run(other), out)
 
 
 def test_the_pipelined_kernel_compiles_for_hopper_and_keeps_a_dot_in_flight() -> None:

@@ -8,16 +8,19 @@ from triton.language.core import _aggregate as aggregate
 
 @aggregate
 class Gemm:
-    """One of both GEMMs: x [., K] by the packed weights of an expert, to out [., N], with its scales and biases [E, N];
-    `items` in all. FIRST: x is gathered (ROW_DIVISOR pairs a token) and gets a ReLU; else it is in expert order and gets
-    gates. An item has HALVES blocks of ROWS output features, TILE_STRIPS strips of STRIDE words; a tile BLOCKS_N items."""
+    """One of both GEMMs: x [., K] by the packed weights of an expert, to out [., N], with its scales and biases [E, N].
+    This program does the items number, number + hop, ... below end. FIRST: x is gathered (ROW_DIVISOR pairs a token) and
+    gets a ReLU; else it is in expert order and gets gates. An item has HALVES blocks of ROWS output features, TILE_STRIPS
+    strips of STRIDE words; a tile BLOCKS_N items."""
 
     x: gl.tensor
     w: gl.tensor
     scales: gl.tensor
     biases: gl.tensor
     out: gl.tensor
-    items: gl.tensor
+    number: gl.tensor
+    end: gl.tensor
+    hop: gl.tensor
     N: gl.constexpr
     K: gl.constexpr
     FIRST: gl.constexpr
@@ -30,13 +33,14 @@ class Gemm:
     BLOCKS_N: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, x, w, scales, biases, out, items, N, K, BN, FIRST, TOP_K, ROWS, KB):
+    def __init__(self, x, w, scales, biases, out, items, hop, N, K, BN, FIRST, TOP_K, ROWS, KB):
         self.x = x
         self.w = w
         self.scales = scales
         self.biases = biases
         self.out = out
-        self.items = items
+        self.number, self.end = items
+        self.hop = hop
         self.N = gl.constexpr(N)
         self.K = gl.constexpr(K)
         self.FIRST = gl.constexpr(FIRST)
@@ -101,8 +105,8 @@ class Item:
 
 @gluon.jit
 def tile_of(number, gemm, pairs):
-    """Record of an item's tile; no pairs where there is no such item."""
-    there = number < gemm.items
+    """Record of an item's tile; no pairs where this program has no such item."""
+    there = number < gemm.end
     record_ptr = pairs.tiles + number // gemm.BLOCKS_N * 4
     expert = gl.load(record_ptr, mask=there, other=0)
     return Tile(expert, gl.load(record_ptr + 1, mask=there, other=0), gl.load(record_ptr + 2, mask=there, other=0))
@@ -124,6 +128,12 @@ def weights_of(number, expert, gemm):
 @gluon.jit
 def wait_ready(number, gemm, pairs, TARGET: gl.constexpr):
     """Wait until all TARGET items of the first GEMM of the item's tile are written."""
-    if number < gemm.items:
+    if number < gemm.end:
         while gl.atomic_add(pairs.ready + number // gemm.BLOCKS_N, 0, sem="acquire") < TARGET:
             pass
+
+
+@gluon.jit
+def release(tile, pairs):
+    """Count one more item of the first GEMM of this tile as written; a barrier must have come after its stores."""
+    gl.atomic_add(pairs.ready + tile, 1, sem="release")

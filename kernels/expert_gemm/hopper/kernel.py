@@ -8,8 +8,9 @@ K is cut into *steps* of KB = 1024 / BITS input features (one 8 KB block of each
 Weights and activations wait in rings of shared memory (`rings`); `tile` says what is done at each chunk. The rings run on
 from one tile into the next, so a tile starts with its operands in place; those of weights from the first GEMM into the
 second, too, where both take as many features a tile.
-Items (`items`) of the second GEMM wait for their tile's counter. All programs must be resident (cooperative launch); a
-program begins the second GEMM after its own items of the first, so that nobody waits for anybody who waits.
+`schedule` deals the items (`items`). Those of the second GEMM wait for their tile's counter. All programs must be resident
+(cooperative launch); a program begins the second GEMM after its own items of the first, so that nobody waits for anybody who
+waits.
 """
 
 from triton.experimental import gluon
@@ -17,16 +18,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from kernels.dependency import wait_for_inputs
-from kernels.expert_gemm.hopper.items import Gemm, Item, Pairs, rows_of, tile_of, wait_ready, weights_of
+from kernels.expert_gemm.hopper.items import Gemm, Item, Pairs, release, rows_of, tile_of, wait_ready, weights_of
 from kernels.expert_gemm.hopper.rings import CopyOfX, Rings, Strips, copy_w, copy_x, x_lanes
+from kernels.expert_gemm.hopper.schedule import items_of
 from kernels.expert_gemm.hopper.tile import barrier, multiply_item
 
 
 @gluon.jit
-def _strips_of_second(number, programs, first, second, pairs):
-    """Weights of this program's first item of the second GEMM; `number`: its first item of the first one."""
-    then = number + (gl.maximum(first.items - number, 0) + programs - 1) // programs * programs - first.items
-    there = then < second.items
+def _strips_of_second(then, second, pairs):
+    """Weights of this program's first item of the second GEMM, `then`."""
+    there = then < second.end
     expert = gl.load(pairs.tiles + then // second.BLOCKS_N * 4, mask=there, other=0)
     return Strips(weights_of(then, expert, second), gl.to_tensor(second.STRIDE), there)
 
@@ -36,9 +37,9 @@ def _strips_of_next(next_item, then, gemm, CHAINED: gl.constexpr):
     """Weights of the next item, or, CHAINED, `then` where the first GEMM has none."""
     weights = next_item.weights
     stride = gl.to_tensor(gemm.STRIDE)
-    there = next_item.number < gemm.items
+    there = next_item.number < gemm.end
     if gemm.FIRST and CHAINED:
-        to_second = (next_item.number >= gemm.items) & then.there
+        to_second = (next_item.number >= gemm.end) & then.there
         weights = gl.where(to_second, then.first, weights)
         stride = gl.where(to_second, then.stride, gemm.STRIDE)
         there = there | to_second
@@ -52,7 +53,7 @@ def _fill(item, turn, lanes, gemm, rings, WEIGHTS: gl.constexpr):
     copy = CopyOfX(item.rows // gemm.ROW_DIVISOR, item.tile.count, gl.to_tensor(0))
     for group in gl.static_range(rings.GROUPS):
         if WEIGHTS:
-            there = item.number < gemm.items
+            there = item.number < gemm.end
             if group < rings.W_STEPS:
                 slot = (turn + group) % rings.W_STEPS
                 copy_w(rings, slot, item.weights + group * 2048, gemm.STRIDE, there, gemm.HALVES)
@@ -67,53 +68,60 @@ def _fill(item, turn, lanes, gemm, rings, WEIGHTS: gl.constexpr):
 
 
 @gluon.jit
-def _gemm(number, turn, gemm, second, pairs, rings, TARGET: gl.constexpr, NARROW: gl.constexpr, CHAINED: gl.constexpr):
-    """Items number, number + programs, ... of one GEMM; returns the next number and the steps the rings have made so far.
+def _gemm(turn, gemm, second, pairs, rings, TARGET: gl.constexpr, NARROW: gl.constexpr, CHAINED: gl.constexpr):
+    """This program's items of one GEMM; returns the steps the rings have made so far.
 
     CHAINED: after its last item of the first GEMM a program asks for the weights of its first one of the second.
     """
     lanes = x_lanes(rings)  # once, at the start: every copy of x needs them
-    programs = gl.num_programs(0)
+    number = gemm.number
     tile = tile_of(number, gemm, pairs)
-    next_tile = tile_of(number + programs, gemm, pairs)
+    next_tile = tile_of(number + gemm.hop, gemm, pairs)
     weights = weights_of(number, tile.expert, gemm)
     then = 0
     if gemm.FIRST and CHAINED:
-        then = _strips_of_second(number, programs, gemm, second, pairs)
+        then = _strips_of_second(second.number, second, pairs)
     if not gemm.FIRST:
         wait_ready(number, gemm, pairs, TARGET)
         async_copy.wait_group(0)
         barrier()  # the rings of x are free
-        if CHAINED and (turn == 0) & (number < gemm.items):  # no item of the first GEMM: nobody has asked for the weights
+        if CHAINED and (turn == 0) & (number < gemm.end):  # no item of the first GEMM: nobody has asked for the weights
             for q in gl.static_range(rings.W_STEPS):
                 copy_w(rings, q, weights + q * 2048, gemm.STRIDE, True, gemm.HALVES)
     rows = rows_of(tile, lanes[0], gemm, pairs)
     copy = _fill(Item(number, tile, rows, weights), turn, lanes, gemm, rings, gemm.FIRST or not CHAINED)
-    while number < gemm.items:
-        following = number + programs
+    written = gl.to_tensor(-1)
+    while number < gemm.end:
+        following = number + gemm.hop
         if not gemm.FIRST:
             wait_ready(following, gemm, pairs, TARGET)
         next_rows = rows_of(next_tile, lanes[0], gemm, pairs)
-        third_tile = tile_of(following + programs, gemm, pairs)  # read an item ahead
+        third_tile = tile_of(following + gemm.hop, gemm, pairs)  # read an item ahead
         item = Item(number, tile, rows, weights)
         next_item = Item(following, next_tile, next_rows, weights_of(following, next_tile.expert, gemm))
         strips = _strips_of_next(next_item, then, gemm, CHAINED)
         if NARROW > 0 and tile.count <= NARROW:
-            turn, copy = multiply_item(item, next_item, strips, turn, copy, lanes, gemm, pairs, rings, NARROW)
+            turn, copy = multiply_item(item, next_item, strips, turn, copy, written, lanes, gemm, pairs, rings, NARROW)
         else:
-            turn, copy = multiply_item(item, next_item, strips, turn, copy, lanes, gemm, pairs, rings, rings.BT)
-        if gemm.FIRST:
+            turn, copy = multiply_item(item, next_item, strips, turn, copy, written, lanes, gemm, pairs, rings, rings.BT)
+        if gemm.FIRST and rings.SPARE:
+            written = number // gemm.BLOCKS_N
+        elif gemm.FIRST:
             barrier()  # every thread's stores come before the release
-            gl.atomic_add(pairs.ready + number // gemm.BLOCKS_N, 1, sem="release")
+            release(number // gemm.BLOCKS_N, pairs)
         number = following
         tile = next_tile
         next_tile = third_tile
         weights = next_item.weights
         rows = next_rows
+    if gemm.FIRST and rings.SPARE:
+        barrier()
+        if written >= 0:
+            release(written, pairs)
     if not gemm.FIRST:
         async_copy.wait_group(0)
         barrier()
-    return number, turn
+    return turn
 
 
 @gluon.jit
@@ -166,13 +174,16 @@ def expert_ffn_pipelined_kernel(
         x_rings = (x0, x1, x2, x3)
     else:
         x_rings = (x0, x1)
-    rings = Rings(w_ring, x_rings, BITS, W_STEPS, X_STEPS, WARPS, BT)
+    rings = Rings(w_ring, x_rings, BITS, W_STEPS, X_STEPS, WARPS, BT, HALVES)
     wait_for_inputs(OVERLAP)
     num_tiles = gl.load(num_tiles_ptr)
-    num_first = num_tiles * (F // BN1)
-    num_second = num_tiles * (D // BN2)
+    FIRST_COST: gl.constexpr = D * BN1 // (ROWS * rings.KB)
+    SECOND_COST: gl.constexpr = F * BN2 // (ROWS * rings.KB)
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    num_first, num_second = num_tiles * (F // BN1), num_tiles * (D // BN2)
+    mine1, mine2, hop = items_of(program, programs, num_first, num_second, FIRST_COST, SECOND_COST, rings.SPARE)
     pairs = Pairs(gate_ptr, gather_ptr, tiles_ptr, sync_ptr + 4)
-    first = Gemm(x_ptr, w1_ptr, s1_ptr, b1_ptr, hidden_ptr, num_first, F, D, BN1, True, TOP_K, ROWS, rings.KB)
-    second = Gemm(hidden_ptr, w2_ptr, s2_ptr, b2_ptr, out_ptr, num_second, D, F, BN2, False, TOP_K, ROWS, rings.KB)
-    item, turn = _gemm(gl.program_id(0), gl.to_tensor(0), first, second, pairs, rings, F // BN1, NARROW, BN1 == BN2)
-    _gemm(item - num_first, turn, second, second, pairs, rings, F // BN1, NARROW, BN1 == BN2)
+    first = Gemm(x_ptr, w1_ptr, s1_ptr, b1_ptr, hidden_ptr, mine1, hop, F, D, BN1, True, TOP_K, ROWS, rings.KB)
+    second = Gemm(hidden_ptr, w2_ptr, s2_ptr, b2_ptr, out_ptr, mine2, hop, D, F, BN2, False, TOP_K, ROWS, rings.KB)
+    turn = _gemm(gl.to_tensor(0), first, second, pairs, rings, F // BN1, NARROW, BN1 == BN2)
+    _gemm(turn, second, second, pairs, rings, F // BN1, NARROW, BN1 == BN2)

@@ -85,5 +85,5 @@ def launch_pipelined(
         out,
         routing.sync,
         **pipelined_constants(d_model, d_ff, routing.top_k, fc1.bits, tiles),
-        **overlap(x, cooperative=True),
+        **overlap(x),
     )

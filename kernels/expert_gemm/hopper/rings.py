@@ -15,7 +15,8 @@ from triton.language.core import _aggregate as aggregate
 class Rings:
     """w int32[slots, ROWS, 32]: one slot holds a step of ROWS output features, those of one dot; x: tuple of a ring
     [X_STEPS, BT, 64] for each of CHUNKS chunks. BY_STEP: x is copied by whole steps, not by chunks. GROUPS: groups of copies
-    in flight, each of PER_GROUP chunks of x and what of the weights is due with them."""
+    in flight, each of PER_GROUP chunks of x and what of the weights is due with them. SPARE: whether the accumulators leave
+    registers for more than the loop needs."""
 
     w: gl.shared_memory_descriptor
     x: gl.tuple
@@ -30,9 +31,10 @@ class Rings:
     BY_STEP: gl.constexpr
     GROUPS: gl.constexpr
     PER_GROUP: gl.constexpr
+    SPARE: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, w, x, BITS, W_STEPS, X_STEPS, WARPS, BT):
+    def __init__(self, w, x, BITS, W_STEPS, X_STEPS, WARPS, BT, HALVES):
         chunks = 16 // BITS
         by_step = X_STEPS > 2 and BITS == 4
         self.w = w
@@ -48,6 +50,7 @@ class Rings:
         self.BY_STEP = gl.constexpr(by_step)
         self.GROUPS = gl.constexpr(X_STEPS - 1 if by_step else X_STEPS * chunks - 2)
         self.PER_GROUP = gl.constexpr(chunks if by_step else 1)
+        self.SPARE = gl.constexpr(HALVES * BT <= 128)
 
 
 @aggregate

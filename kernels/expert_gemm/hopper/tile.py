@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.expert_gemm.dequant import BF16_PRODUCTS
 from kernels.expert_gemm.hopper.decode import decode
+from kernels.expert_gemm.hopper.items import release
 from kernels.expert_gemm.hopper.rings import CopyOfX, copy_w, copy_x
 
 PRODUCTS = gl.constexpr(BF16_PRODUCTS)
@@ -95,10 +96,11 @@ def _copy_w_ahead(step, slot, item, next_strips, gemm, rings):
 
 
 @gluon.jit
-def multiply_item(item, next_item, next_strips, turn, copy, lanes, gemm, pairs, rings, WIDTH: gl.constexpr):
+def multiply_item(item, next_item, next_strips, turn, copy, written, lanes, gemm, pairs, rings, WIDTH: gl.constexpr):
     """One item, WIDTH lanes wide; at its end its successor's operands are on their way. next_strips: of the next item, or of
     the program's first one of the second GEMM. turn: steps that the rings have made so far; copy: where copying x goes on.
-    Returns these two as they are then."""
+    Returns these two as they are then. written: tile of the program's item of the first GEMM before this one, which is
+    counted as written in the second step here, or -1: none, or counted before."""
     dtype: gl.constexpr = gemm.x.dtype.element_ty
     BITS: gl.constexpr = rings.BITS
     ROWS: gl.constexpr = rings.ROWS
@@ -125,6 +127,7 @@ def multiply_item(item, next_item, next_strips, turn, copy, lanes, gemm, pairs, 
         gates, out_rows = _gates_and_rows(tile, pairs, WIDTH, ACC, STORE)
     acc0 = warpgroup_mma_init(gl.zeros((ROWS, WIDTH), gl.float32, ACC))
     acc1 = warpgroup_mma_init(gl.zeros((ROWS, WIDTH), gl.float32, ACC))
+    gl.static_assert(gemm.STEPS > 1, "a release belongs to the second step")
     for step in range(gemm.STEPS):
         w_slot = turn % rings.W_STEPS
         x_slot = turn % X_STEPS
@@ -132,6 +135,10 @@ def multiply_item(item, next_item, next_strips, turn, copy, lanes, gemm, pairs, 
         turn += 1
         for c in gl.static_range(CHUNKS):
             _wait_for_copies(c, rings)
+            # behind a barrier, and a step after its stores: a release waits until they are there
+            if gemm.FIRST and rings.SPARE and c == 1:  # noqa: SIM102 (decided while compiling)
+                if (step == 1) & (written >= 0):
+                    release(written, pairs)
             if not rings.BY_STEP:  # into the buffer of chunk c - 2
                 copy_x(rings, x_before if c < 2 else x_slot, (c + CHUNKS - 2) % CHUNKS, copy, lanes, gemm)
             if c == 0:
