@@ -25,7 +25,7 @@ from kernels.beam_search.tables import BOUNDS_BY_MAX, BROKEN, NGRAM_SIZE, RECORD
 from kernels.history_lists import HistoryLists
 
 _SLOTS, _BEAMS, _GROUP_SLOTS, _GROUP_STARTS, _GROUP_COUNTS = range(5)
-_CROWD = 64  # groups beyond the usual number from which on a step is captured for their number: some 0.2 ms a step then
+_CROWD = 64  # so many groups beyond the usual number: below, their turns cost less than a captured step of its own is worth
 _CANDIDATES = (1, 8, 16)  # tokens kept an entry: greedy, up to 4 beams, up to 8; a captured step exists for each
 
 
