@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -35,6 +35,7 @@ from engine.search.transfer import copy_to_device, to_device
 from engine.step_clock import StepClock
 from engine.types import EncodedBatch, ExpertLoad
 from engine.weights.loading import load_transformer
+from kernels.beam_search.tables import BeamTables
 
 HEAD_DIMS = (16, 32, 64, 128)  # what the attention kernels take
 _STEPS_AHEAD = 2  # launched and not looked at: one that runs and one behind it
@@ -167,6 +168,15 @@ class DeviceRunner:
         # On a second stream: after `oldest`, which the host has waited for, but not after what has been launched since.
         with torch.cuda.stream(self._reader):
             return self._search.read(closed, oldest.status.numpy())
+
+    @torch.inference_mode()
+    def next_step(self) -> tuple[Callable[[], None], BeamTables]:
+        """The launches of the next decode step, for whoever measures them, and the tables that they change: with those put
+        back they may run again and again. Raises ValueError where no sentence would take part."""
+        shape = self._search.plan()
+        if shape is None:
+            raise ValueError("no sentence takes part in a next step: start some")
+        return functools.partial(self._run_step, shape), self._search.tables
 
     @torch.inference_mode()
     def remove(self, source_slots: Collection[int]) -> None:

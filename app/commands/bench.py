@@ -16,6 +16,11 @@ refused too, for a loop over experts looks fast there. The exit status is 1 when
 NLLB-MoE routes each token to two experts, the paper's model to one (Switch gating: the expert's output times its softmax
 probability). Two is the default, for that is what transformers runs; --experts-per-token 1 measures the paper's gating, with
 transformers' router replaced by one that keeps the first choice, and the grouped baseline likewise.
+
+--ablate CELL adds a table of where the middle decode step of that cell goes, for each precision: the captured step without
+the launches of one kind beside the whole step, taking turns, at one position that is held. us added: the difference, median
+of 40; launches overlap, so the rows need not add up to the step. bytes alone: reading the part's bytes at the bandwidth
+measured. empty launches: as many that do nothing. It needs a GPU and a model that the kernels run.
 """
 
 from __future__ import annotations
@@ -26,13 +31,14 @@ import time
 from pathlib import Path
 
 from app.devices import require_device
-from engine.bench.shapes import GRID, PEERS, QUICK_GRID, SHAPES, Variant, parse_cells, with_gating
+from engine.bench.shapes import GRID, PEERS, QUICK_GRID, SHAPES, Cell, Variant, parse_cells, with_gating
 from engine.config import PRECISIONS, QuantScheme
 
 EXAMPLES = """  babelephant bench --shape tiny --device cpu --cells 1x1,2x2       does it work here? half a minute
   babelephant bench --shape paper --device cuda --out paper.json    the paper's model, the whole grid, all precisions
   babelephant bench --shape nllb54b --device cuda --cells 1x4,64x4 --precisions w4a16 --out 54b.json
   babelephant bench --shape paper --device cuda --quick --mix 512   two cells and the serving mix
+  babelephant bench --shape paper --device cuda --ablate 80x4 --peers none --precisions w4a16   where a step goes
   babelephant bench --shape paper --device cuda --experts-per-token 1 --out top1.json      with the paper's own gating
   babelephant bench --checkpoint DIR --device cpu --precisions fp32,w4a16 --cells 1x1,8x4
   babelephant bench --shape nllb54b --device cuda --precisions w4a16 --write DIR    no measuring: the model as a checkpoint
@@ -67,6 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help=f"cells {','.join(map(str, QUICK_GRID))}, one repeat")
     parser.add_argument("--repeats", type=int, metavar="N", help="timed runs per cell, the median counts (3)")
     parser.add_argument("--limit-s", type=float, default=float("inf"), metavar="S", help="start nothing new after S seconds")
+    parser.add_argument(
+        "--ablate",
+        metavar="CELL",
+        help="also where a decode step of this cell goes, by kind of launch (added to --cells; without these, the only one)",
+    )
     parser.add_argument("--mix", type=int, default=0, metavar="N", help="also the serving mix, with N sentences (0: none)")
     parser.add_argument("--mix-rows", type=int, default=256, metavar="N", help="live hypotheses in the mix (%(default)s)")
     parser.add_argument("--mix-beam", type=int, default=4, metavar="N", help="beam size in the mix (%(default)s)")
@@ -93,17 +104,18 @@ def run(args: argparse.Namespace) -> int:
 
     on_cuda = args.device.startswith("cuda")
     default = "bf16,w8a16,w4a16" if on_cuda else "fp32"
-    quick_or_all = QUICK_GRID if args.quick else GRID
+    ablate = Cell.parse(args.ablate) if args.ablate else None
     options = BenchOptions(
         shape=args.shape,
         checkpoint=args.checkpoint,
         experts_per_token=args.experts_per_token,
         device=require_device(args.device),
-        cells=parse_cells(args.cells) if args.cells else quick_or_all,
+        cells=_cells(args, ablate),
         peers=_peers(args.peers),
         variants=tuple(dict.fromkeys(Variant.parse(part) for part in (args.precisions or default).split(","))),
         repeats=_at_least_1("--repeats", args.repeats if args.repeats is not None else 1 if args.quick else 3),
         limit_s=args.limit_s,
+        ablate=ablate,
         mix_sentences=args.mix,
         mix_rows=_at_least_1("--mix-rows", args.mix_rows),
         mix_beam=_at_least_1("--mix-beam", args.mix_beam),
@@ -121,6 +133,15 @@ def run(args: argparse.Namespace) -> int:
     for refusal in result.refusals:
         print(f"babelephant: refused: {refusal}", file=sys.stderr)
     return 1 if result.refusals else 0
+
+
+def _cells(args: argparse.Namespace, ablate: Cell | None) -> tuple[Cell, ...]:
+    ablated = () if ablate is None else (ablate,)
+    if args.cells:
+        return tuple(dict.fromkeys((*parse_cells(args.cells), *ablated)))
+    if args.quick:
+        return tuple(dict.fromkeys((*QUICK_GRID, *ablated)))
+    return ablated or GRID
 
 
 def _write(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from engine.accounting import count_parameters, model_bytes
 from engine.bench import report as reporting
+from engine.bench.ablation import ablate_step, require_ablation
 from engine.bench.check import CHECK_CELLS, CheckResult, check_engine, token_agreement
 from engine.bench.engine_run import EngineRun
 from engine.bench.floor import decode_step_bytes
@@ -57,6 +58,8 @@ class Benchmark:
         torch.set_num_threads(options.num_threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         config = options.model_config
+        if options.ablate is not None:
+            require_ablation(config, self.device)
         version = transformers_version(config)
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         counts = count_parameters(config)
@@ -198,6 +201,11 @@ class Benchmark:
             if self._is_late(f"{name} {cell.inputs.cell}", result):
                 return
             self._time_ours(name, engine, cell, meter, result)
+        for inputs in (cell.inputs for cell in cells if cell.inputs.cell == self.options.ablate):
+            if not self._is_late(f"{name} ablation", result):
+                result.ablations[name] = ablate_step(engine, inputs, self.config, result.bytes_per_s)
+                self.say(f"{name}: {result.ablations[name].table()}")
+                result.write(self.options.out)
         del engine, transformer
         _free_memory()
         if self.options.mix_sentences and not self._is_late(f"{name} serving mix", result):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,16 +58,21 @@ def profile_decode(engine: OurEngine, inputs: CellInputs) -> StepProfile | None:
     if not engine.config.device.startswith("cuda"):
         return None
     engine.encode(inputs)
+    work = device_work(lambda: engine.decode(inputs))
+    return StepProfile.from_work(work, inputs.num_steps) if work else None
+
+
+def device_work(run: Callable[[], object]) -> list[tuple[str, float, float]]:
+    """(name, start, end) in microseconds of everything that `run` has a CUDA device do, as the profiler sees it."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        engine.decode(inputs)
+        run()
         torch.cuda.synchronize()
-    work = [
+    return [
         (event.name, event.time_range.start, event.time_range.end)
         for event in profiler.events() or ()
         if event.device_type.name == "CUDA"
     ]
-    return StepProfile.from_work(work, inputs.num_steps) if work else None
 
 
 def read_bandwidth(device: torch.device) -> float:

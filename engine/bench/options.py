@@ -15,6 +15,8 @@ class BenchOptions:
 
     experts_per_token: gating of the random model, 2 NLLB's, 1 Switch's; None: a checkpoint's own, else NLLB's.
 
+    ablate: the cell of whose decode step a table is made, one of `cells`; None: of none.
+
     mix_sentences 0: no serving mix; mix_rows is rounded down to whole beams.
     """
 
@@ -27,6 +29,7 @@ class BenchOptions:
     variants: tuple[Variant, ...] = (Variant("fp32"),)
     repeats: int = 3
     limit_s: float = float("inf")
+    ablate: Cell | None = None
     mix_sentences: int = 0
     mix_rows: int = 256
     mix_beam: int = 4

@@ -96,6 +96,19 @@ class OurEngine:
 
     def decode(self, inputs: CellInputs) -> list[SearchOutcome]:
         """Decode what was encoded until every sentence is back."""
+        self.start(inputs)
+        outcomes: list[SearchOutcome] = []
+        for _ in range(inputs.num_steps + _STEPS_OF_GRACE):
+            outcomes += self.runner.decode()
+            if len(outcomes) == inputs.cell.batch:
+                return outcomes
+        self.runner.clear()
+        raise RuntimeError(
+            f"{inputs.cell}: {len(outcomes)} of {inputs.cell.batch} sentences came back after {inputs.num_steps} steps"
+        )
+
+    def start(self, inputs: CellInputs) -> None:
+        """Begin decoding what was encoded; no step yet."""
         cell = inputs.cell
         options = SearchOptions(
             beam_size=cell.beam, max_target_tokens=inputs.target_tokens, min_target_tokens=inputs.target_tokens
@@ -112,13 +125,6 @@ class OurEngine:
                 for slot, forced in enumerate(inputs.forced_token_ids)
             ]
         )
-        outcomes: list[SearchOutcome] = []
-        for _ in range(inputs.num_steps + _STEPS_OF_GRACE):
-            outcomes += self.runner.decode()
-            if len(outcomes) == cell.batch:
-                return outcomes
-        self.runner.clear()
-        raise RuntimeError(f"{cell}: {len(outcomes)} of {cell.batch} sentences came back after {inputs.num_steps} steps")
 
     @staticmethod
     def _batch(inputs: CellInputs) -> EncodedBatch:

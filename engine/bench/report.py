@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from engine.bench.ablation import StepAblation
 from engine.bench.check import CheckResult
 from engine.bench.engine_run import EngineRun
 from engine.bench.measure import StepProfile
@@ -99,6 +100,7 @@ class Report:
     build_s: dict[str, float] = field(default_factory=dict)
     checks: dict[str, list[CheckResult]] = field(default_factory=dict)
     cells: dict[str, CellReport] = field(default_factory=dict)
+    ablations: dict[str, StepAblation] = field(default_factory=dict)
     serving_mix: dict[str, MixReport] = field(default_factory=dict)
     refusals: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -112,6 +112,8 @@ def test_out_of_time_keeps_what_there_is(tmp_path: Path) -> None:
         (["--peers", "ctranslate2"], "transformers"),
         (["--repeats", "0"], "at least 1"),
         (["--device", "cuda"], "choose cpu"),
+        (["--ablate", "2x2"], "give --device cuda"),
+        (["--ablate", "2by2"], "BATCHxBEAM"),
     ],
 )
 def test_bad_input_is_explained(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

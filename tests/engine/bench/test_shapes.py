@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from engine.accounting import count_parameters
-from engine.bench.floor import decode_step_bytes
+from engine.bench.floor import StepPart, decode_step_bytes, step_bytes_by_part
 from engine.bench.shapes import GRID, PAPER_RATIOS, SHAPES, Cell, Variant, parse_cells
 from engine.config import EngineConfig, ModelConfig
 
@@ -59,3 +59,11 @@ def test_the_floor_counts_what_a_step_reads() -> None:
     assert step("w4a16") == dense * 2 + 2.5 * expert_int4 + router + cache
     in_int8 = 2 * 3 * 64 + 8 * 32 + 100 * 8  # queries, keys and values of two layers, one dense fc1, the output projection
     assert step("w4a16", int8_dense=True) == dense * 2 - in_int8 + 2.5 * expert_int4 + router + cache
+    engine = EngineConfig(precision="w4a16", int8_dense=True)
+    parts = step_bytes_by_part(config, engine, Cell(3, 2), experts_touched=2.5, source_tokens=5, target_tokens=10)
+    assert parts.keys() == set(StepPart)
+    assert sum(parts.values()) == step("w4a16", int8_dense=True)
+    assert parts[StepPart.EXPERTS] == 2.5 * expert_int4
+    assert parts[StepPart.ROUTER] == router + 16 * 2
+    assert parts[StepPart.FIRST_DENSE] == 8 * 32 + (32 + 16) * 2
+    assert parts[StepPart.SELF_ATTENTION] + parts[StepPart.CROSS_ATTENTION] == cache
