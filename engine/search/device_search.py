@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.search.outcomes import outcome, trace
+from engine.search.outcomes import Finished, outcome, trace
 from engine.search.rules import ban_repeated_ngrams
 from engine.search.spec import SearchOutcome, SearchSpec
 from engine.search.transfer import TableReader, copy_to_device, to_device
-from kernels.beam_search import BeamTables, StepInputs, advance_sentences, begin_sentences, step_inputs
+from kernels.beam_search import MAX_BEAMS, BeamTables, StepInputs, advance_sentences, begin_sentences, step_inputs
 from kernels.beam_search.tables import BOUNDS_BY_MAX, BROKEN, NGRAM_SIZE, RECORD_FIELDS, STOPS_WHEN_FULL
 from kernels.history_lists import HistoryLists
 
@@ -96,7 +96,9 @@ class DeviceSearch:
                 self._buckets[-1], num_rows=num_rows, max_positions=max_target_tokens, device=device
             )
         self._sentences: list[_Sentence] = []  # in order of their first steps
-        self._num_beams = np.zeros(num_slots, dtype=np.int32)  # by slot
+        # by slot: beams, hypotheses wanted, cache rows of the beams
+        self._num_beams, self._limits = np.zeros((2, num_slots), dtype=np.int32)
+        self._rows = np.zeros((num_slots, MAX_BEAMS), dtype=np.int32)
         self._num_steps = 0  # launched so far: the number of the next one
         self._planned: Composition | None = None  # what is on the device, None when it is stale
 
@@ -116,15 +118,18 @@ class DeviceSearch:
             return
         width = self.tables.num_positions + 1
         norms = np.stack([_normalizers(spec.options.length_penalty, width) for spec in specs])
+        records = np.array([_record(spec) for spec in specs], dtype=np.int32)
         begin_sentences(
-            to_device(np.array([_record(spec) for spec in specs], dtype=np.int32), self.device),
+            to_device(records, self.device),
             to_device(norms, self.device),
             self.tables,
             start_token_id=self._start_token_id,
         )
+        slots = records[:, 0]
+        self._num_beams[slots], self._rows[slots] = records[:, 1], records[:, -MAX_BEAMS:]
+        self._limits[slots] = [spec.options.num_hypotheses for spec in specs]
         step = self._num_steps
         for spec in specs:
-            self._num_beams[spec.source_slot] = len(spec.beam_rows)
             ngram_size, stop_step = spec.options.no_repeat_ngram_size, step + spec.max_tokens - 1
             self._sentences.append(_Sentence(spec, spec.source_slot, ngram_size, step, stop_step))
         self._planned = None
@@ -238,11 +243,17 @@ class DeviceSearch:
 
     def read(self, closed: Sequence[_Sentence], status: NDArray[np.int32]) -> list[SearchOutcome]:
         """Results of sentences that were closed with this status; waits for the current stream only."""
+        self._results.start()
+        slots = np.array([sentence.source_slot for sentence in closed])
+        is_broken = status[slots] == BROKEN
+        sound = slots[~is_broken] if is_broken.any() else slots
+        finished = Finished(sound, self._num_beams[sound], self._limits[sound], self._rows[sound])
         hypotheses, scores, history = self._results.read()
-        specs = [sentence.spec for sentence in closed]
-        sound = [spec for spec in specs if status[spec.source_slot] != BROKEN]
-        found = dict(zip((s.source_slot for s in sound), trace(history, hypotheses, scores, sound), strict=True))
-        return [outcome(spec, found.get(spec.source_slot, ()), is_broken=spec.source_slot not in found) for spec in specs]
+        found = iter(trace(history, hypotheses, scores, finished))
+        return [
+            outcome(slot, () if broken else next(found), is_broken=broken)
+            for slot, broken in zip(slots.tolist(), is_broken.tolist(), strict=True)
+        ]
 
     def _drop(self, sentences: Sequence[_Sentence]) -> None:
         for sentence in sentences:

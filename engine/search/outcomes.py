@@ -3,36 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.search.spec import ScoredTokens, SearchOutcome, SearchSpec
+from engine.search.spec import ScoredTokens, SearchOutcome
 
 _SIDE_BY_SIDE = 16  # from so many sentences on a position of all of them costs numpy less than Python's loop over them
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Finished:
+    """What the host knows of N sentences that have finished, int32: slots [N], num_beams [N], limits [N] (hypotheses
+    wanted), rows [N, 8] (cache rows of the beams, behind them any)."""
+
+    slots: NDArray[np.int32]
+    num_beams: NDArray[np.int32]
+    limits: NDArray[np.int32]
+    rows: NDArray[np.int32]
+
+
 def trace(
-    history: NDArray[np.int32], hypotheses: NDArray[np.int32], scores: NDArray[np.float32], specs: Sequence[SearchSpec]
+    history: NDArray[np.int32], hypotheses: NDArray[np.int32], scores: NDArray[np.float32], finished: Finished
 ) -> list[list[ScoredTokens]]:
     """Finished hypotheses of each sentence, best first: their tokens from the forced one on, followed back through their
-    parents. history [N, T, 2], hypotheses [P, 8, 4] and scores [P, 8] as in BeamTables."""
-    if len(specs) >= _SIDE_BY_SIDE:
-        return _trace_side_by_side(history, hypotheses, scores, specs)
-    return [_trace_one(history, hypotheses[spec.source_slot], scores[spec.source_slot], spec) for spec in specs]
+    parents. history [rows, T, 2], hypotheses [P, 8, 4] and scores [P, 8] as in BeamTables."""
+    if len(finished.slots) >= _SIDE_BY_SIDE:
+        return _trace_side_by_side(history, hypotheses, scores, finished)
+    fields = (array.tolist() for array in (finished.slots, finished.num_beams, finished.limits))
+    return [
+        _trace_one(history, hypotheses[slot], scores[slot], rows[:num_beams], limit)
+        for slot, num_beams, limit, rows in zip(*fields, finished.rows, strict=True)
+    ]
 
 
 def _trace_one(
-    history: NDArray[np.int32], hypotheses: NDArray[np.int32], scores: NDArray[np.float32], spec: SearchSpec
+    history: NDArray[np.int32],
+    hypotheses: NDArray[np.int32],
+    scores: NDArray[np.float32],
+    rows: NDArray[np.int32],
+    limit: int,
 ) -> list[ScoredTokens]:
     """hypotheses [8, 4] and scores [8] of one sentence."""
     width = int(hypotheses[:, 3].max())
     # one flat list: nested ones would be thousands of objects for the garbage collector
-    cells = history[list(spec.beam_rows), :width].reshape(-1).tolist()
+    cells = history[rows, :width].reshape(-1).tolist()
     found: list[ScoredTokens] = []
     for (is_done, beam, last, length), score in zip(hypotheses.tolist(), scores.tolist(), strict=True):
-        if not is_done or len(found) == spec.options.num_hypotheses:
+        if not is_done or len(found) == limit:
             break
         tokens, origin = [last], beam
         for t in range(length - 1, 0, -1):
@@ -44,37 +63,45 @@ def _trace_one(
 
 
 def _trace_side_by_side(
-    history: NDArray[np.int32], hypotheses: NDArray[np.int32], scores: NDArray[np.float32], specs: Sequence[SearchSpec]
+    history: NDArray[np.int32], hypotheses: NDArray[np.int32], scores: NDArray[np.float32], finished: Finished
 ) -> list[list[ScoredTokens]]:
-    """As `_trace_one` for every sentence: all hypotheses go back one position at a time."""
-    slots = [spec.source_slot for spec in specs]
-    limits = np.array([spec.options.num_hypotheses for spec in specs])[:, None]
-    finished = hypotheses[slots]
-    wanted = np.logical_and.accumulate(finished[:, :, 0] != 0, axis=1) & (np.arange(finished.shape[1]) < limits)
-    sentence, _ = wanted.nonzero()
-    _, beams, last, lengths = finished[wanted].T.astype(np.int64)
-    width = int(lengths.max(initial=1))
-    counts = np.array([len(spec.beam_rows) for spec in specs])
-    starts = np.cumsum(counts) - counts  # where the beams of a sentence begin among all
-    cells = history[[row for spec in specs for row in spec.beam_rows], :width]
-    before = (np.repeat(starts, counts)[:, None] + cells[:, :, 1]) * width + np.arange(-1, width - 1)
-    before[:, 0] = 0  # nobody goes on from there
-    flat, path = before.reshape(-1), np.empty((width, len(beams)), dtype=np.int64)
-    path[0] = (starts[sentence] + beams) * width + lengths - 1
-    for here, before_it in pairwise(path):
-        np.take(flat, here, out=before_it, mode="clip")  # raising would take a copy of `out`
-    tokens = cells[:, :, 0].reshape(-1)[path].T.tolist()  # of each hypothesis, backwards
-    found: list[list[ScoredTokens]] = [[] for _ in specs]
-    best = scores[slots][wanted].tolist()
-    for at, back, token, length, score in zip(sentence.tolist(), tokens, last.tolist(), lengths.tolist(), best, strict=True):
-        found[at].append(ScoredTokens((*back[: length - 1][::-1], token), score))
+    """As `_trace_one` for every sentence: all hypotheses go back one position at a time. It runs once in many steps, with
+    nothing of it in the processor's caches: what counts is how few different things it does."""
+    most = int(finished.limits.max())
+    ended = hypotheses[finished.slots, :most]
+    wanted = ended[:, :, 0] != 0
+    if most > 1:
+        wanted = np.logical_and.accumulate(wanted, axis=1) & (np.arange(most) < finished.limits[:, None])
+    sentence, place = wanted.nonzero()
+    _, beams, last, lengths = ended[sentence, place].T
+    width = int(lengths.max(initial=2))
+    num_sentences, num_beams = len(finished.slots), int(finished.num_beams.max())
+    cells = history[finished.rows[:, :num_beams], :width].reshape(-1, 2)
+    # where the path through a cell goes on, for every cell; from position 0 nobody does
+    before = cells[:, 1].reshape(num_sentences, num_beams, width).astype(np.int64)
+    before += num_beams * np.arange(num_sentences)[:, None, None]
+    before *= width
+    before += np.arange(-1, width - 1)
+    before[:, :, 0] = 0
+    take = before.reshape(-1).take
+    path = np.empty((width, len(last)), dtype=np.int64)  # cells by the position they would have in the longest hypothesis
+    here = (num_beams * sentence + beams) * width + lengths - 1
+    path[width - 2], path[width - 1] = here, 0
+    for t in range(width - 3, -1, -1):
+        here = take(here, out=path[t], mode="clip")  # raising would take a copy of `out`
+    tokens = cells[:, 0][path]
+    tokens[width - 1] = last
+    best = scores[finished.slots[sentence], place].tolist()
+    found: list[list[ScoredTokens]] = [[] for _ in range(num_sentences)]
+    for at, row, length, score in zip(sentence.tolist(), tokens.T.tolist(), lengths.tolist(), best, strict=True):
+        found[at].append(ScoredTokens(tuple(row[width - length :]), score))
     return found
 
 
-def outcome(spec: SearchSpec, hypotheses: Sequence[ScoredTokens], *, is_broken: bool) -> SearchOutcome:
-    """What is given back for one sentence; without hypotheses it says why."""
+def outcome(slot: int, hypotheses: Sequence[ScoredTokens], *, is_broken: bool) -> SearchOutcome:
+    """What is given back for the sentence of a slot; without hypotheses it says why."""
     if is_broken:
-        return SearchOutcome(spec.source_slot, (), "the model's logits are not finite; load it in a wider precision")
+        return SearchOutcome(slot, (), "the model's logits are not finite; load it in a wider precision")
     if not hypotheses:
-        return SearchOutcome(spec.source_slot, (), "the search options banned every token, so no hypothesis exists")
-    return SearchOutcome(spec.source_slot, tuple(hypotheses))
+        return SearchOutcome(slot, (), "the search options banned every token, so no hypothesis exists")
+    return SearchOutcome(slot, tuple(hypotheses))

@@ -41,11 +41,15 @@ class TableReader:
         self._copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) if self._on_gpu else t for t in tables]
         self._arrays: tuple[NDArray[Any], ...] = tuple(copy.numpy() for copy in self._copies)
 
-    def read(self) -> tuple[NDArray[Any], ...]:
-        """What they hold now, valid until the next call; waits for the current stream. Without a GPU the tables themselves,
-        so valid only until they change."""
+    def start(self) -> None:
+        """Begin to copy what they hold once the current stream gets there."""
         if self._on_gpu:
             for copy, table in zip(self._copies, self._tables, strict=True):
                 copy.copy_(table, non_blocking=True)
+
+    def read(self) -> tuple[NDArray[Any], ...]:
+        """What was copied since `start`, valid until the next one; waits for the current stream. Without a GPU the tables
+        themselves, so valid only until they change."""
+        if self._on_gpu:
             torch.cuda.current_stream().synchronize()
         return self._arrays

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from engine.search import outcomes
-from engine.search.outcomes import outcome, trace
-from engine.search.spec import SearchSpec
-from engine.types import SearchOptions
+from engine.search.outcomes import Finished, outcome, trace
 
 NUM_POSITIONS = 20
 
@@ -26,14 +24,15 @@ class Fleet:
         self.hypotheses[:, :, 0] = 0
         self.hypotheses[:, :, 3] = generator.integers(0, NUM_POSITIONS, self.hypotheses.shape[:2])
         self.scores = generator.normal(size=(len(slots), 8)).astype(np.float32)
-        self.specs, self.expected = [], []
+        self.expected = []
+        self.finished = Finished(slots[:num_sentences], beams, np.ones_like(beams), np.full((num_sentences, 8), rows[-1]))
         taken = 0
         for s, count in enumerate(beams.tolist()):
             own, slot = rows[taken : taken + count], int(slots[s])
             taken += count
             wanted = int(generator.integers(1, count + 1))
-            options = SearchOptions(beam_size=count, num_hypotheses=wanted)
-            self.specs.append(SearchSpec(slot, tuple(own.tolist()), 5, NUM_POSITIONS, options))
+            self.finished.limits[s] = wanted
+            self.finished.rows[s, :count] = own
             forced = int(generator.integers(1 << 30))
             prefixes = [[forced]] * count
             self.history[own, 1] = forced, 0
@@ -68,17 +67,17 @@ class Fleet:
 def test_paths_are_those_of_the_search(num_sentences: int, side_by_side_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outcomes, "_SIDE_BY_SIDE", side_by_side_from)
     fleet = Fleet(num_sentences, num_sentences)
-    found = trace(fleet.history, fleet.hypotheses, fleet.scores, fleet.specs)
+    found = trace(fleet.history, fleet.hypotheses, fleet.scores, fleet.finished)
     assert [[(list(h.token_ids), h.score) for h in one] for one in found] == fleet.expected
     assert all(type(token) is int for one in found for h in one for token in h.token_ids)
 
 
 def test_no_sentence_at_all() -> None:
-    fleet = Fleet(0, 2)
-    assert trace(fleet.history, fleet.hypotheses, fleet.scores, []) == []
+    fleet, none = Fleet(0, 2), np.zeros((0, 8), dtype=np.int32)
+    nobody = Finished(none[:, 0], none[:, 0], none[:, 0], none)
+    assert trace(fleet.history, fleet.hypotheses, fleet.scores, nobody) == []
 
 
 def test_a_sentence_without_hypotheses_says_why() -> None:
-    spec = Fleet(0, 1).specs[0]
-    assert "banned every token" in str(outcome(spec, [], is_broken=False).failure)
-    assert "not finite" in str(outcome(spec, [], is_broken=True).failure)
+    assert "banned every token" in str(outcome(3, [], is_broken=False).failure)
+    assert "not finite" in str(outcome(3, [], is_broken=True).failure)

@@ -39,6 +39,7 @@ def test_a_reader_sees_what_tables_hold_when_it_reads() -> None:
     reader = TableReader(*tables)
     for value in (1, 2):
         tables[0][1], tables[1][2] = value, value / 4
+        reader.start()
         ints, floats = reader.read()
         assert ints.tolist() == [[[0, 0]] * 2, [[value] * 2] * 2, [[0, 0]] * 2]
         assert floats.tolist() == [0.0, 0.0, value / 4]
@@ -73,8 +74,10 @@ def test_a_reader_on_a_stream_of_its_own_waits_for_its_copies_alone(cuda: torch.
     torch.cuda._sleep(CYCLES)
     table.add_(1)
     with torch.cuda.stream(stream):
+        reader.start()
         ints, floats = reader.read()
     assert np.array_equal(ints, np.arange(30_000).reshape(100, 300))
     assert floats.tolist() == [1.0] * 8
     torch.cuda.synchronize()
+    reader.start()
     assert np.array_equal(reader.read()[0], np.arange(1, 30_001).reshape(100, 300))
