@@ -91,8 +91,8 @@ def small_jobs(dtypes: tuple[torch.dtype, ...]) -> list[Job]:
             jobs += ffn_jobs(TINY.d_model, TINY.d_ff, TINY.top_k, 4, 0, expert_tiles, dtype)
         for line in (*LINEAR_CASES, *HOPPER_LINEAR_CASES):
             tiles = line.tiles or default_linear_tiles(line.n, line.k, line.rows, 8 if line.int8 else 16, fixed=False)
-            flags = {"int8": line.int8, "norm": line.norm, "relu": line.relu}
-            jobs += linear_jobs(line.n, line.k, tiles, dtype, **flags, mode=int(line.residual), hopper=True)
+            what = {"int8": line.int8, "norm": line.norm, "relu": line.relu, "mode": int(line.residual)}
+            jobs += linear_jobs(line.n, line.k, tiles, dtype, **what, hopper=True)  # type: ignore[arg-type]
         for h in (*HEAD_CASES, *HOPPER_HEAD_CASES):
             head_tiles = h.tiles or default_head_tiles(h.num_rows, dtype)
             for ban in (True, False):

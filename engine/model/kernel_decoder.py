@@ -189,7 +189,8 @@ class KernelDecoder:
             usual_groups=usual_groups,
         )
         products = self._kernels.products_for(layer.feed_forward)
-        self._kernels.linear(context, layer.cross_out, residual=x, products=products)
+        ahead = self._kernels.ahead_of(layer.feed_forward, x.shape[0])
+        self._kernels.linear(context, layer.cross_out, residual=x, products=products, ahead=ahead)
         return self._kernels.feed_forward(x, layer.ffn_norm, layer.feed_forward, inputs.active, products)
 
 

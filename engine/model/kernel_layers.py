@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from engine.model.layers import DenseFeedForward, LayerNorm, Linear
 from engine.model.mixture_of_experts import MixtureOfExperts
 from engine.quantization.packed_experts import packed_experts
 from kernels.add_layernorm import add_layernorm, add_layernorm_int8, add_slots
-from kernels.expert_gemm import PackedExperts, expert_ffn, select_tiles
+from kernels.expert_gemm import FfnTiles, PackedExperts, expert_ffn, first_weights, select_tiles
 from kernels.quantized_rows import QuantizedRows
 from kernels.route import FoldedRouter, fold_router, route, route_products, semaphores
 from kernels.routing import empty_routing
@@ -29,10 +30,14 @@ from kernels.small_linear import (
     linear_scratch,
     small_linear,
 )
+from kernels.weights_ahead import WeightsAhead
 
 # Rows from which int8 maps take their rows in int8, too (the output projection always does).
 # Chains of decoder layers (H100, us a layer, 16 bits and int8 rows): 35.6 and 34.5 at 64 rows, 57.9 and 53.9 at 320.
 INT8_ROWS_FROM = 64
+# A dense feed-forward map of up to so many bytes is asked for in L2 by the map before it: that of d 1024. Larger ones would
+# push each other out (a step of 320 rows, H200: 8 MB of experts and these maps 898 -> 889 us; twice the experts' 893).
+BYTES_AHEAD = 8 << 20
 
 
 class KernelLinear(NamedTuple):
@@ -143,9 +148,10 @@ class KernelLayers:
         relu: bool = False,
         residual: Tensor | None = None,
         products: RowProducts | None = None,
+        ahead: WeightsAhead | None = None,
     ) -> Tensor:
         """x [R, K] -> relu(x W^T + b) [R, N], or that added in place to the residual stream; a folded norm comes first.
-        products: of the new residual stream, left there if that costs no launch."""
+        products: of the new residual stream, left there if that costs no launch; ahead: what a later launch begins with."""
         return small_linear(
             x,
             linear.weight,
@@ -157,7 +163,14 @@ class KernelLayers:
             dtype=self._dtype,
             statistics=self.statistics,
             products=products,
+            ahead=ahead,
         )
+
+    def ahead_of(self, layer: KernelDense | KernelExperts, rows: int) -> WeightsAhead | None:
+        """What a feed-forward layer of so many rows begins with: the map before asks for it in L2."""
+        if isinstance(layer, KernelDense):
+            return WeightsAhead.whole(stored_matrix(layer.fc1), BYTES_AHEAD)
+        return first_weights(layer.fc1, self._expert_tiles(layer, rows))
 
     def products_for(self, layer: KernelDense | KernelExperts) -> RowProducts | None:
         """What the map that writes a feed-forward layer's rows may multiply them by for its router."""
@@ -176,10 +189,11 @@ class KernelLayers:
         """x += FeedForward(norm(x)) in place; expert outputs come back instead, for the next `settle` or `normed` to add.
         products: from `products_for`, after the map that wrote x."""
         if isinstance(layer, KernelDense):
-            hidden = self.linear(self.settle(x, None, norm, layer.fc1), layer.fc1, relu=True)
+            ahead = WeightsAhead.whole(stored_matrix(layer.fc2), BYTES_AHEAD)
+            hidden = self.linear(self.settle(x, None, norm, layer.fc1), layer.fc1, relu=True, ahead=ahead)
             self.linear(hidden, layer.fc2, residual=x)
             return None
-        tiles = select_tiles(layer.top_k * self._tile_rows(x.shape[0]), layer.fc1)
+        tiles = self._expert_tiles(layer, x.shape[0])
         num_experts, d_model = layer.router_weight.shape
         buffers = empty_routing(len(x), layer.top_k, num_experts, d_model, tiles.block_tokens, x.device)
         buffers = replace(buffers, tokens_per_expert=layer.tokens_per_expert)
@@ -212,9 +226,9 @@ class KernelLayers:
         outputs = expert_ffn(rows, layer.fc1, layer.fc1_bias, layer.fc2, layer.fc2_bias, routing, tiles=tiles)
         return Pending(outputs, routing.expert_ids)
 
-    def _tile_rows(self, rows: int) -> int:
-        """Rows that choose the tiles: always the most there can be where the order of sums must not depend on the batch."""
-        return self._max_rows if self._options.fixed_order else rows
+    def _expert_tiles(self, layer: KernelExperts, rows: int) -> FfnTiles:
+        """Always those of the most rows there can be where the order of sums must not depend on the batch."""
+        return select_tiles(layer.top_k * (self._max_rows if self._options.fixed_order else rows), layer.fc1)
 
 
 def normed(x: Tensor, pending: Pending | None, norm: LayerNorm) -> Tensor:
@@ -232,8 +246,13 @@ def normed_int8(x: Tensor, pending: Pending | None, norm: LayerNorm, *, folded: 
 
 def is_int8(linear: KernelLinear) -> bool:
     """Whether the linear map's weights are int8."""
+    return stored_matrix(linear).dtype == torch.int8
+
+
+def stored_matrix(linear: KernelLinear) -> Tensor:
+    """What the linear map reads, [N, K]: weights or int8 codes."""
     stored = linear.weight.weight if isinstance(linear.weight, FoldedLinear) else linear.weight
-    return isinstance(stored, Int8Linear)
+    return stored.codes if isinstance(stored, Int8Linear) else stored
 
 
 def is_folded(linear: KernelLinear) -> bool:

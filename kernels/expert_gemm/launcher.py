@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from kernels.expert_gemm.hopper.launcher import check_pipelined, launch_pipelined
+from kernels.expert_gemm.hopper.launcher import check_pipelined, first_strips, launch_pipelined
 from kernels.expert_gemm.packing import PackedExperts
 from kernels.expert_gemm.tiles import FfnTiles, select_tiles
 from kernels.launch import check, overlap
 from kernels.routing import Routing
+from kernels.weights_ahead import WeightsAhead
 
 
 def expert_gemm(
@@ -113,6 +114,13 @@ def expert_ffn(
     elif num_pairs:
         _launch_ffn(x, fc1, bias1, fc2, bias2, routing, tiles, hidden, out)
     return out
+
+
+def first_weights(fc1: PackedExperts, tiles: FfnTiles) -> WeightsAhead | None:
+    """What the programs of a pipelined launch read first, for a launch before to ask for in L2; None for other launches."""
+    if not (tiles.pipelined and _has_pipeline(fc1.data)):
+        return None
+    return first_strips(fc1, tiles, _programs(tiles, fc1.data))
 
 
 def _launch_ffn(

@@ -11,6 +11,7 @@ from kernels.small_linear.constants import int8_rows_constants
 from kernels.small_linear.folded import FoldedLinear
 from kernels.small_linear.launches import Cache, Weight, check_specialized, is_hopper, launch_specialized, major
 from kernels.small_linear.tiles import LinearTiles
+from kernels.weights_ahead import WeightsAhead
 
 
 def check_int8_rows(x: QuantizedRows, weight: Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
@@ -38,6 +39,7 @@ def launch_int8_rows(
     result: torch.Tensor,
     cache: Cache | None,
     tiles: LinearTiles,
+    ahead: WeightsAhead | None = None,
 ) -> None:
     """One launch: product, scales, bias, ReLU, target. A folded weight takes rows less their mean over their deviation."""
     check(
@@ -46,7 +48,7 @@ def launch_int8_rows(
     )
     if tiles.specialized:
         check_specialized(x.codes, weight, mode, tiles)
-        launch_specialized(x.codes, weight, bias, None, relu, mode, result, cache, tiles, x.scales)
+        launch_specialized(x.codes, weight, bias, None, relu, mode, result, cache, tiles, x.scales, ahead=ahead)
         return
     from kernels.small_linear.int8_rows_kernel import int8_rows_kernel
 

@@ -17,6 +17,7 @@ from kernels.small_linear.constants import (
 )
 from kernels.small_linear.launches import block_descriptor
 from kernels.small_linear.tiles import LinearTiles
+from kernels.weights_ahead import WeightsAhead, ahead_constants
 
 _MODULE = "kernels.small_linear.kernel"
 _FINISH = "kernels.small_linear.finish"
@@ -36,10 +37,11 @@ def linear_jobs(
     hopper: bool = False,
     chunks: bool = False,
     products: int = 0,
+    ahead: WeightsAhead | None = None,
 ) -> list[Job]:
     """Jobs that cover one call with these tiles (mode 0: plain, 1: residual, 2: keys and values into the cache). chunks:
     with statistics of chunks of the rows, read where a norm is folded in and left of a residual; products: with
-    so many vectors besides."""
+    so many vectors besides; ahead: asking for these."""
     f32 = torch.float32
     index = _I32 if mode == 2 else dtype
     vector = f32 if norm else dtype
@@ -67,13 +69,14 @@ def linear_jobs(
             for rows in (tiles.br, tiles.bn)
         ]
         what: dict[str, Any] = {"bias": True, "norm": how, "relu": relu, "mode": mode, "leave": leave}
-        constants = specialized_constants(n, k, tiles, **what, products=products)
+        constants = specialized_constants(n, k, tiles, **what, products=products) | ahead_constants(ahead)
         router = blocks[0]
         if products:
             router = block_descriptor(torch.empty(3 * products, n, dtype=dtype, device="meta"), products, tiles.bn)
+        asked = dtype if ahead is None else ahead.weights.dtype
         statistics = (f32 if how >= 2 else dtype, f32 if leave else dtype)
         given = (dtype, dtype, vector, f32 if norm else dtype, *statistics, dtype, dtype)
-        args: tuple[Any, ...] = (*blocks, router, *given, *target, f32 if products else dtype, *sizes)
+        args: tuple[Any, ...] = (*blocks, router, *given, *target, f32 if products else dtype, asked, *sizes)
         return [*jobs, ("kernels.small_linear.specialized", "specialized_linear_kernel", args, constants)]
     constants = gemm_constants(
         n, k, tiles, int8=int8, bias=True, norm=how, relu=relu, mode=mode, hopper=hopper, aligned=True
@@ -106,8 +109,8 @@ def int8_rows_jobs(
     blocks = [
         block_descriptor(torch.empty(rows, k, dtype=code, device="meta"), rows, tiles.bk) for rows in (tiles.br, tiles.bn)
     ]
-    constants = specialized_constants(n, k, tiles, bias=True, norm=0, relu=relu, mode=mode)
-    args = (*blocks, blocks[0], code, code, bias, f32, f32, f32, f32, f32, *target, f32, *sizes, 1e-5)
+    constants = specialized_constants(n, k, tiles, bias=True, norm=0, relu=relu, mode=mode) | ahead_constants(None)
+    args = (*blocks, blocks[0], code, code, bias, f32, f32, f32, f32, f32, *target, f32, code, *sizes, 1e-5)
     return [("kernels.small_linear.specialized", "specialized_linear_kernel", args, constants)]
 
 

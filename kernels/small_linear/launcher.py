@@ -26,6 +26,7 @@ from kernels.small_linear.launches import (
 )
 from kernels.small_linear.scratch import SPLIT_ROWS, LinearScratch, buffer
 from kernels.small_linear.tiles import LinearTiles, select_tiles, select_tiles_int8_rows
+from kernels.weights_ahead import WeightsAhead
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,6 +45,7 @@ def small_linear(
     dtype: torch.dtype | None = None,
     statistics: RowStatistics | None = None,
     products: RowProducts | None = None,
+    ahead: WeightsAhead | None = None,
 ) -> torch.Tensor:
     """relu(x W^T + bias) -> out [R, N]; or, with a residual, added to it in place, and the residual is returned.
 
@@ -66,6 +68,7 @@ def small_linear(
     in another order then.
     products: with a residual and statistics, the new residual's products are left there, too, where these tiles can (else
     `parts` is None afterwards).
+    ahead: what a launch behind this one begins with, to be asked for in L2 by tiles that can (`specialized`).
     Raises ValueError for operands that do not belong together.
     """
     n = weight.shape[0]
@@ -78,7 +81,7 @@ def small_linear(
         check(dtype is not None, "int8 rows do not say the result's dtype: pass out, residual or dtype")
         result = torch.empty((x.shape[0], n), dtype=dtype, device=x.device)
     _check_result(result, (x.shape[0], n), x, "out" if residual is None else "residual")
-    _linear(x, weight, bias, relu, mode, result, None, tiles, fixed, scratch, statistics, products)
+    _linear(x, weight, bias, relu, mode, result, None, tiles, fixed, scratch, statistics, products, ahead)
     return result
 
 
@@ -120,7 +123,7 @@ def qkv_linear(
         )
     q = torch.empty((x.shape[0], d), dtype=cells.dtype, device=cells.device) if q_out is None else q_out
     _check_result(q, (x.shape[0], d), x, "q_out", cells.dtype)
-    _linear(x, weight, bias, False, QKV, q, Cache(cells, rows, positions), tiles, fixed, scratch, statistics, None)
+    _linear(x, weight, bias, False, QKV, q, Cache(cells, rows, positions), tiles, fixed, scratch, statistics, None, None)
     return q
 
 
@@ -171,6 +174,7 @@ def _linear(
     scratch: LinearScratch | None,
     known: RowStatistics | None,
     products: RowProducts | None,
+    ahead: WeightsAhead | None,
 ) -> None:
     """Check, choose tiles, launch: [row statistics,] GEMM with its epilogue, or library GEMM [, epilogue]."""
     (n, k), rows = weight.shape, x.shape[0]
@@ -183,7 +187,7 @@ def _linear(
         check_int8_rows(x, weight, bias, result.dtype)
         if rows > 0:
             tiles = tiles or select_tiles_int8_rows(n, k, rows, x.device)
-            launch_int8_rows(x, weight, bias, relu, mode, result, cache, tiles)
+            launch_int8_rows(x, weight, bias, relu, mode, result, cache, tiles, ahead)
         return
     _check_operands(x, weight, bias)
     if rows == 0:
@@ -209,7 +213,9 @@ def _linear(
             known.valid, leave = True, known.chunks
         if products is not None and not (leave is not None and serves_products(x, tiles, products)):
             products = None
-        launch_specialized(x, weight, bias, statistics, relu, mode, result, cache, tiles, leave=leave, products=products)
+        launch_specialized(
+            x, weight, bias, statistics, relu, mode, result, cache, tiles, leave=leave, products=products, ahead=ahead
+        )
         return
     step = rows if tiles.split == 1 else SPLIT_ROWS
     for at in range(0, rows, step):

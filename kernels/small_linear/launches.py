@@ -22,6 +22,7 @@ from kernels.small_linear.constants import (
 from kernels.small_linear.folded import FoldedLinear
 from kernels.small_linear.scratch import LinearScratch, buffer, split_sizes
 from kernels.small_linear.tiles import LinearTiles
+from kernels.weights_ahead import WeightsAhead, ahead_constants
 
 Weight = torch.Tensor | Int8Linear | FoldedLinear
 OUT, RESIDUAL, QKV = 0, 1, 2  # MODE of the kernels
@@ -196,10 +197,11 @@ def launch_specialized(
     row_scales: torch.Tensor | None = None,
     leave: torch.Tensor | None = None,
     products: RowProducts | None = None,
+    ahead: WeightsAhead | None = None,
 ) -> None:
     """As `launch_gemm`, by the kernel with a loading warp. statistics [R, 2], or of chunks [R, 2, K / 64];
     row_scales: of int8 rows x, which have their norm behind them; leave: where statistics of the result's chunks go;
-    products: with what the result's rows are multiplied besides, and where that goes."""
+    products: with what the result's rows are multiplied besides, and where that goes; ahead: what to ask for in L2."""
     from kernels.small_linear.specialized import specialized_linear_kernel
 
     (n, k), rows = weight.shape, x.shape[0]
@@ -232,11 +234,13 @@ def launch_specialized(
         result if cache is None else cache.rows,
         result if cache is None else cache.positions,
         scales if products is None else products.allocate(rows),
+        matrix if ahead is None else ahead.weights,
         rows,
         0 if cache is None else cache.cells.shape[0],
         0 if cache is None else cache.cells.shape[1],
         0.0 if folded is None else folded.eps,
         **constants,
+        **ahead_constants(ahead),
     )
 
 

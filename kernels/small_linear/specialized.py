@@ -63,9 +63,38 @@ class Ring:
         self.STEPS = gl.constexpr(STEPS)
 
 
+@aggregate
+class Ahead:
+    """PIECES pieces of SIZE bytes, STRIDE bytes apart from `start` on, of weights that a later launch begins with."""
+
+    start: gl.tensor
+    PIECES: gl.constexpr
+    SIZE: gl.constexpr
+    STRIDE: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, start, PIECES, SIZE, STRIDE):
+        self.start = start
+        self.PIECES = gl.constexpr(PIECES)
+        self.SIZE = gl.constexpr(SIZE)
+        self.STRIDE = gl.constexpr(STRIDE)
+
+
 @gluon.jit
-def _produce(x, w, router, w_ptr, ring, products, row0, n0, form, PREFETCH: gl.constexpr, OVERLAP: gl.constexpr):
-    """Fill the ring: weights of all stages, then rows, then both as stages become free."""
+def _ask_ahead(ahead):
+    """Ask for them in L2, the launch's programs in turns."""
+    start = ahead.start.to(gl.int64)
+    size = gl.to_tensor(ahead.SIZE)
+    program = gl.program_id(0) + gl.num_programs(0) * gl.program_id(1)
+    for piece in range(program, ahead.PIECES, gl.num_programs(0) * gl.num_programs(1)):
+        at = start + piece.to(gl.int64) * ahead.STRIDE
+        gl.inline_asm_elementwise(PREFETCH_PTX, "=r,l,r", [at, size], gl.int32, False, 1)
+
+
+@gluon.jit
+def _produce(x, w, router, w_ptr, ring, products, ahead, row0, n0, form, PREFETCH: gl.constexpr, OVERLAP: gl.constexpr):
+    """Fill the ring: weights of all stages, then rows, then both as stages become free. Last, what others begin with: its
+    own copies come first."""
     STAGES: gl.constexpr = ring.STAGES
     STEPS: gl.constexpr = ring.STEPS
     BK: gl.constexpr = form.BK
@@ -94,6 +123,8 @@ def _produce(x, w, router, w_ptr, ring, products, row0, n0, form, PREFETCH: gl.c
         mbarrier.expect(ring.ready.index(at), BYTES)
         tma.async_copy_global_to_shared(w, [n0, step * BK], ring.ready.index(at), ring.ws.index(at))
         tma.async_copy_global_to_shared(x, [row0, step * BK], ring.ready.index(at), ring.xs.index(at))
+    if ahead.PIECES > 0:
+        _ask_ahead(ahead)
 
 
 @gluon.jit
@@ -189,6 +220,7 @@ def specialized_linear_kernel(
     rows_ptr,
     positions_ptr,
     parts_ptr,
+    ahead_ptr,
     R,
     num_cells,
     num_positions,
@@ -206,6 +238,9 @@ def specialized_linear_kernel(
     MODE: gl.constexpr,
     LEAVE: gl.constexpr,
     PREFETCH: gl.constexpr,
+    PIECES: gl.constexpr,
+    SIZE: gl.constexpr,
+    STRIDE: gl.constexpr,
     OVERLAP: gl.constexpr,
     WARPS: gl.constexpr,
 ):
@@ -233,11 +268,12 @@ def specialized_linear_kernel(
     inputs = Inputs(x_ptr, bias_ptr, column_sums_ptr, statistics_ptr, scale_ptr, row_scale_ptr, eps)
     target = Target(out_ptr, cells_ptr, rows_ptr, positions_ptr, chunks_ptr, R, num_cells, num_positions)
     products = Products(vectors, asked, parts_ptr, E, WARPS)
+    ahead = Ahead(ahead_ptr, PIECES, SIZE, STRIDE)
     form = Form(N, K, BN, BR, BK, WARPS, BIAS, NORM, RELU, MODE, LEAVE, x.dtype == gl.int8)
     gl.warp_specialize(
         [
             (_consume, (ring, inputs, target, products, row0, n0, form, OVERLAP)),
-            (_produce, (x, w, router, w_ptr, ring, products, row0, n0, form, PREFETCH, OVERLAP)),
+            (_produce, (x, w, router, w_ptr, ring, products, ahead, row0, n0, form, PREFETCH, OVERLAP)),
         ],
         [1],
         [40],

@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 
-from kernels.expert_gemm.packing import PackedExperts
+from kernels.expert_gemm.packing import STRIP, WORDS, PackedExperts
 from kernels.expert_gemm.tiles import FfnTiles
 from kernels.launch import check, overlap
 from kernels.routing import Routing
+from kernels.weights_ahead import WeightsAhead
+
+# Steps of each strip that are asked for before the launch: two of the three that a program holds, 8 MB for the paper's shape
+_STEPS_AHEAD = 2
 
 
 def check_pipelined(fc1: PackedExperts, dtype: torch.dtype, num_pairs: int, tiles: FfnTiles) -> None:
@@ -50,6 +54,15 @@ def pipelined_constants(d_model: int, d_ff: int, top_k: int, bits: int, tiles: F
         "num_warps": tiles.warps,
         "launch_cooperative_grid": True,
     }
+
+
+def first_strips(fc1: PackedExperts, tiles: FfnTiles, programs: int) -> WeightsAhead:
+    """The first steps of the strips that `programs` programs begin with, as if every expert were hit and had one tile. Which
+    have more is not known yet; the strips of later experts, asked for in vain then, are read a little later."""
+    step = STRIP * WORDS * 4
+    experts, strips, steps = fc1.data.shape[:3]
+    begun = min(programs * (tiles.bn1 // STRIP), experts * strips)
+    return WeightsAhead(fc1.data, begun, min(_STEPS_AHEAD, steps) * step, steps * step)
 
 
 def launch_pipelined(
