@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.beam_search import MAX_BEAMS, BeamTables, StepInputs
-from kernels.beam_search.tables import SENTENCE_FIELDS
+from kernels.beam_search.tables import FIRST_TOKEN, SENTENCE_FIELDS
 from kernels.expert_gemm import FfnTiles
 from kernels.replay_search import MAX_BEAM
 from kernels.routing import TILE_FIELDS, Routing, max_tiles
@@ -109,6 +109,7 @@ def layout_of(z: StepSizes, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ..
         "hypotheses": ((p, MAX_BEAMS, 4), i32),
         "ancestry": ((z.rows, t + 1), i32),
         "history": ((z.rows, t + 1, 2), i32),
+        "results": ((MAX_BEAMS, p, FIRST_TOKEN + t), i32),
     }
     for i, tiles in enumerate(EXPERT_TILES):
         num_tiles = max_tiles(pairs, z.experts, tiles.block_tokens)

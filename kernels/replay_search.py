@@ -186,6 +186,8 @@ def tables_differ(
                 return True
     kept = [(n, still) for n in ("sentences", "status", "token_ids", "cum_logprob", "hypotheses", "hypothesis_score")]
     kept += [(n, still_rows) for n in ("ancestry", "history")]
+    if not torch.equal(was.results[:, still], now.results[:, still]):
+        return True
     return not all(torch.equal(_bits(getattr(was, n)[rows]), _bits(getattr(now, n)[rows])) for n, rows in kept)
 
 
@@ -205,6 +207,7 @@ def _sentence_differs(s: Sentence, tables: BeamTables) -> bool:
         not torch.allclose(tables.cum_logprob[s.slot, :n], cum, rtol=1e-6, atol=1e-5)
         or any(_prefix_differs(row, prefix, tables) for row, prefix in zip(s.rows, state.prefixes, strict=True))
         or any(_hypothesis_differs(s.slot, place, found, tables) for place, found in enumerate(state.finished))
+        or (state.closed and any(_result_differs(s.slot, at, found, tables) for at, found in enumerate(state.finished)))
     )
 
 
@@ -224,3 +227,11 @@ def _hypothesis_differs(slot: int, place: int, wanted: Hypothesis, tables: BeamT
     score = float(tables.hypothesis_score[slot, place])
     same_score = abs(score - wanted.score) <= 1e-5 * max(1.0, abs(wanted.score))
     return (last, length) != (wanted.last_token, wanted.length) or not same_score
+
+
+def _result_differs(slot: int, place: int, wanted: Hypothesis, tables: BeamTables) -> bool:
+    length, score, *tokens = tables.results[place, slot].tolist()
+    if not wanted.done:
+        return bool(length)
+    same_score = score == int(tables.hypothesis_score[slot, place].view(torch.int32))
+    return tokens[:length] != list(wanted.tokens) or not same_score

@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.search.outcomes import Finished, outcome, trace
+from engine.search.outcomes import outcomes
 from engine.search.rules import ban_repeated_ngrams
 from engine.search.spec import SearchOutcome, SearchSpec
 from engine.search.transfer import TableReader, copy_to_device, to_device
-from kernels.beam_search import MAX_BEAMS, BeamTables, StepInputs, advance_sentences, begin_sentences, step_inputs
-from kernels.beam_search.tables import BOUNDS_BY_MAX, BROKEN, NGRAM_SIZE, RECORD_FIELDS, STOPS_WHEN_FULL
+from kernels.beam_search import BeamTables, StepInputs, advance_sentences, begin_sentences, step_inputs
+from kernels.beam_search.tables import BOUNDS_BY_MAX, NGRAM_SIZE, RECORD_FIELDS, STOPS_WHEN_FULL
 from kernels.history_lists import HistoryLists
 
 _SLOTS, _BEAMS, _GROUP_SLOTS, _GROUP_STARTS, _GROUP_COUNTS = range(5)
@@ -86,7 +86,7 @@ class DeviceSearch:
         )
         self._start_token_id, self._eos_token_id = start_token_id, eos_token_id
         self._buckets = tuple(entry_buckets)
-        self._results = TableReader(self.tables.hypotheses, self.tables.hypothesis_score, self.tables.history)
+        self._results = TableReader(self.tables.results)
         self._plan = torch.zeros((5, self._buckets[-1]), dtype=torch.int32, device=device)
         self._inputs = StepInputs.allocate(self._buckets[-1], device)
         self._lists_from = lists_from
@@ -96,9 +96,7 @@ class DeviceSearch:
                 self._buckets[-1], num_rows=num_rows, max_positions=max_target_tokens, device=device
             )
         self._sentences: list[_Sentence] = []  # in order of their first steps
-        # by slot: beams, hypotheses wanted, cache rows of the beams
-        self._num_beams, self._limits = np.zeros((2, num_slots), dtype=np.int32)
-        self._rows = np.zeros((num_slots, MAX_BEAMS), dtype=np.int32)
+        self._num_beams = np.zeros(num_slots, dtype=np.int32)  # by slot
         self._num_steps = 0  # launched so far: the number of the next one
         self._planned: Composition | None = None  # what is on the device, None when it is stale
 
@@ -125,9 +123,7 @@ class DeviceSearch:
             self.tables,
             start_token_id=self._start_token_id,
         )
-        slots = records[:, 0]
-        self._num_beams[slots], self._rows[slots] = records[:, 1], records[:, -MAX_BEAMS:]
-        self._limits[slots] = [spec.options.num_hypotheses for spec in specs]
+        self._num_beams[records[:, 0]] = records[:, 1]
         step = self._num_steps
         for spec in specs:
             ngram_size, stop_step = spec.options.no_repeat_ngram_size, step + spec.max_tokens - 1
@@ -243,17 +239,9 @@ class DeviceSearch:
 
     def read(self, closed: Sequence[_Sentence], status: NDArray[np.int32]) -> list[SearchOutcome]:
         """Results of sentences that were closed with this status; waits for the current stream only."""
-        self._results.start()
-        slots = np.array([sentence.source_slot for sentence in closed])
-        is_broken = status[slots] == BROKEN
-        sound = slots[~is_broken] if is_broken.any() else slots
-        finished = Finished(sound, self._num_beams[sound], self._limits[sound], self._rows[sound])
-        hypotheses, scores, history = self._results.read()
-        found = iter(trace(history, hypotheses, scores, finished))
-        return [
-            outcome(slot, () if broken else next(found), is_broken=broken)
-            for slot, broken in zip(slots.tolist(), is_broken.tolist(), strict=True)
-        ]
+        limits = [sentence.spec.options.num_hypotheses for sentence in closed]
+        results = self._results.read(max(limits))
+        return outcomes(results, [sentence.source_slot for sentence in closed], limits, status)
 
     def _drop(self, sentences: Sequence[_Sentence]) -> None:
         for sentence in sentences:

@@ -31,25 +31,19 @@ def _staged(tensor: Tensor) -> Tensor:
 
 
 class TableReader:
-    """Whole tables of the device, copied to pinned memory. Whole, since copies run beside a step, while kernels that pick
-    rows would have to wait until those of the step leave them room.
+    """A table of the device, copied to pinned memory from its first line on. Not only the parts that are asked for: a copy
+    runs beside a step, while a kernel that picks them would have to wait until those of the step leave it room.
     """
 
-    def __init__(self, *tables: Tensor) -> None:
-        self._tables = tables
-        self._on_gpu = tables[0].is_cuda
-        self._copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) if self._on_gpu else t for t in tables]
-        self._arrays: tuple[NDArray[Any], ...] = tuple(copy.numpy() for copy in self._copies)
+    def __init__(self, table: Tensor) -> None:
+        self._table, self._on_gpu = table, table.is_cuda
+        self._copy = torch.empty(table.shape, dtype=table.dtype, pin_memory=True) if self._on_gpu else table
+        self._array: NDArray[Any] = self._copy.numpy()
 
-    def start(self) -> None:
-        """Begin to copy what they hold once the current stream gets there."""
+    def read(self, num_lines: int) -> NDArray[Any]:
+        """What the first lines hold now, valid until the next call; waits for the current stream. Without a GPU the table
+        itself, so valid only until it changes."""
         if self._on_gpu:
-            for copy, table in zip(self._copies, self._tables, strict=True):
-                copy.copy_(table, non_blocking=True)
-
-    def read(self) -> tuple[NDArray[Any], ...]:
-        """What was copied since `start`, valid until the next one; waits for the current stream. Without a GPU the tables
-        themselves, so valid only until they change."""
-        if self._on_gpu:
+            self._copy[:num_lines].copy_(self._table[:num_lines], non_blocking=True)
             torch.cuda.current_stream().synchronize()
-        return self._arrays
+        return self._array[:num_lines]

@@ -81,7 +81,41 @@ def _placed(values, ranks, places):
     return tl.sum(tl.where(ranks[:, None] == places[None, :], values[:, None], 0), 0)
 
 
-@triton.jit(do_not_specialize=["num_positions"])
+@triton.jit
+def _write_results(
+    score,
+    done,
+    beam,
+    last,
+    length,
+    rows_ptr,
+    history_ptr,
+    results_ptr,
+    position,
+    num_positions,
+    num_slots,
+    slot,
+    NB: tl.constexpr,
+):
+    """The finished list of a sentence as tokens, followed back through their parents, all hypotheses at a time; positions
+    below `position` were written by earlier launches. Each step back waits for two loads, mostly out of L1."""
+    j = tl.arange(0, NB)
+    out = results_ptr + (j * num_slots + slot) * (num_positions + 1)
+    tl.store(out, tl.where(done, length, 0))
+    tl.store(out + 1, score.to(tl.int32, bitcast=True))
+    tl.store(out + 1 + length, last, mask=done)
+    for back in range(1, position):
+        t = position - back
+        walks = done & (t < length)
+        row = tl.load(rows_ptr + slot * NB + beam, mask=walks, other=0).to(tl.int64)
+        cell = history_ptr + (row * num_positions + t) * 2
+        token = tl.load(cell, mask=walks, other=0)
+        parent = tl.load(cell + 1, mask=walks, other=0)  # before the store, which waits for the token
+        tl.store(out + 1 + t, token, mask=walks)
+        beam = tl.where(walks, parent, beam)
+
+
+@triton.jit(do_not_specialize=["num_positions", "num_slots"])
 def advance_kernel(
     group_slots_ptr,
     group_starts_ptr,
@@ -99,7 +133,9 @@ def advance_kernel(
     hypotheses_ptr,
     ancestry_ptr,
     history_ptr,
+    results_ptr,
     num_positions,
+    num_slots,
     eos_token,
     NB: tl.constexpr,
     K: tl.constexpr,
@@ -221,3 +257,19 @@ def advance_kernel(
             tl.store(token_ids_ptr + slot * NB + j, new_token, mask=beams)
             tl.store(sentence + 4, position)
             tl.store(status_ptr + slot, tl.where(broken != 0, 2, closed.to(tl.int32)))
+            if closed:
+                _write_results(
+                    new_score,
+                    beams & (new_done == 1),
+                    new_beam,
+                    new_last,
+                    new_length,
+                    rows_ptr,
+                    history_ptr,
+                    results_ptr,
+                    position,
+                    num_positions,
+                    num_slots,
+                    slot,
+                    NB,
+                )

@@ -139,7 +139,8 @@ def advance_sentences(
     values fp32[R, K], top_token_ids int32[R, K]: log-probabilities of each entry's best tokens, best first, K >= 2 * beams
     (or 1 where all are greedy); NaN marks logits that are not finite. group_slots, group_starts, group_counts int32[G]: runs
     of entries (count 0: unused), one a beam; in a sentence's first step one for its first beam, for all are alike then and
-    only that may branch. A run that starts with beam -1 is a start token and does not advance. One launch.
+    only that may branch. A run that starts with beam -1 is a start token and does not advance. Sentences that close leave
+    their hypotheses in `results`. One launch.
     """
     entries, candidates = values.shape
     check(top_token_ids.shape == values.shape, "values and top_token_ids must be of one shape")
@@ -164,7 +165,9 @@ def advance_sentences(
         tables.hypotheses,
         tables.ancestry,
         tables.history,
+        tables.results,
         tables.num_positions,
+        tables.num_slots,
         eos_token_id,
         **advance_options(candidates),
         **overlap(values),

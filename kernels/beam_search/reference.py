@@ -16,6 +16,7 @@ class Hypothesis:
     beam: int = 0
     last_token: int = 0
     length: int = 0
+    tokens: tuple[int, ...] = ()  # from the forced one on
 
 
 @dataclass
@@ -53,14 +54,16 @@ def advance_sentence_reference(
         state.prefixes[0].append(token)
         state.cum_logprob = [total]
         state.closed = token == eos_token_id or at_limit
-        state.finished = [Hypothesis(total / norm, state.closed and total > float("-inf"), 0, token, position)]
+        tokens = tuple(state.prefixes[0][1:])
+        state.finished = [Hypothesis(total / norm, state.closed and total > float("-inf"), 0, token, position, tokens)]
         return
     merged = list(state.finished)
     running = []
     for rank, (total, beam, token) in enumerate(candidates):
         stops = token == eos_token_id or at_limit
         done = stops and rank < n
-        merged.append(Hypothesis(total / norm + (0.0 if done else NEVER), done, beam, token, position))
+        tokens = (*state.prefixes[beam][1:], token)
+        merged.append(Hypothesis(total / norm + (0.0 if done else NEVER), done, beam, token, position, tokens))
         running.append((total + (NEVER if stops else 0.0), beam, token))
     state.finished = sorted(merged, key=lambda hypothesis: -hypothesis.score)[:n]
     running = sorted(running, key=lambda candidate: -candidate[0])[:n]

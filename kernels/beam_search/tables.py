@@ -16,6 +16,7 @@ RECORD_FIELDS = (
 )
 NUM_TOKENS, NGRAM_SIZE = 4, 5  # fields of a sentence that are read outside the kernels
 STOPS_WHEN_FULL, BOUNDS_BY_MAX = 1, 2  # flags: early_stopping True; early_stopping "never" with a positive length penalty
+FIRST_TOKEN = 2  # of a result: before it come length and score
 LIVE, CLOSED, BROKEN = 0, 1, 2  # status: still searching; finished; the logits were not finite
 
 
@@ -24,6 +25,8 @@ class BeamTables:
     """By slot: sentences int32[P, 8] (fields above), status int32[P], rows int32[P, 8] (cache rows of its beams), token_ids
     int32[P, 8] fed next, cum_logprob fp32[P, 8] best first, normalizers fp32[P, T + 2] (n ** length_penalty), and the
     finished list, best first: hypothesis_score fp32[P, 8], hypotheses int32[P, 8, 4] (done, beam, last token, length).
+    Written when a sentence closes, by place in that list and slot: results int32[8, P, T + 2] (length, 0 where there is no
+    hypothesis; the bits of the fp32 score; the tokens from the forced one on). The best of all sentences lie together.
 
     By row: ancestry int32[N, T + 1], the cache row that holds position t of the beam living in row n; history int32
     [N, T + 1, 2], the token that row n was fed at position t and the beam number it continued there.
@@ -39,6 +42,7 @@ class BeamTables:
     hypotheses: torch.Tensor
     ancestry: torch.Tensor
     history: torch.Tensor
+    results: torch.Tensor
 
     @classmethod
     def allocate(cls, *, num_slots: int, num_rows: int, max_target_tokens: int, device: torch.device) -> BeamTables:
@@ -61,6 +65,7 @@ class BeamTables:
             hypotheses=ints(num_slots, MAX_BEAMS, 4),
             ancestry=ints(num_rows, max_target_tokens + 1),
             history=ints(num_rows, max_target_tokens + 1, 2),
+            results=ints(MAX_BEAMS, num_slots, FIRST_TOKEN + max_target_tokens),
         )
 
     @property

@@ -9,7 +9,7 @@ import torch
 
 from kernels.beam_search import BeamTables, StepInputs, advance_sentences, begin_sentences, step_inputs
 from kernels.beam_search.reference import Hypothesis, SentenceState, advance_sentence_reference
-from kernels.beam_search.tables import BOUNDS_BY_MAX, STOPS_WHEN_FULL
+from kernels.beam_search.tables import BOUNDS_BY_MAX, FIRST_TOKEN, STOPS_WHEN_FULL
 
 START, EOS, VOCAB = 2, 2, 40
 
@@ -26,7 +26,7 @@ class Fleet:
         )
         for tensor in (self.tables.cum_logprob, self.tables.hypothesis_score, self.tables.normalizers):
             tensor.fill_(float("nan"))
-        for tensor in (self.tables.ancestry, self.tables.history, self.tables.hypotheses):
+        for tensor in (self.tables.ancestry, self.tables.history, self.tables.hypotheses, self.tables.results):
             tensor.fill_(-7)
         self.tables.status.fill_(1)
         order = list(range(num_slots))
@@ -98,17 +98,11 @@ class Fleet:
         row = self.rows[s][beam]
         return [int(history[int(ancestry[row, t]), t, 0]) for t in range(length)]
 
-    def traced(self, s: int, hypothesis: int) -> list[int]:
-        """Read a finished hypothesis back by parents."""
-        history = self.tables.history.cpu()
-        done, beam, last, length = self.tables.hypotheses.cpu()[self.slots[s], hypothesis].tolist()
-        assert done
-        tokens = [last]
-        for t in range(length - 1, -1, -1):
-            token, parent = history[self.rows[s][beam], t].tolist()
-            tokens.append(token)
-            beam = parent
-        return tokens[::-1]
+    def result(self, s: int, place: int) -> tuple[float, tuple[int, ...]]:
+        """Score and tokens of a hypothesis of a closed sentence."""
+        found = self.tables.results[place, self.slots[s]].cpu()
+        length = int(found[0])
+        return float(found[1].view(torch.float32)), tuple(found[FIRST_TOKEN : FIRST_TOKEN + length].tolist())
 
 
 def spec(beams: int, **changes: int) -> dict[str, int]:
@@ -180,10 +174,9 @@ def check_search(device: torch.device, width: int, seed: int, *, first_alone: bo
             advance_sentence_reference(state, values[rows, :keep].tolist(), ids[rows, :keep].tolist(), EOS)
             check_sentence(fleet, s)
     assert all(state.closed for state in fleet.states)
-    for s, state in enumerate(fleet.states):
-        lengths = [h.length for h in state.finished if h.done]
-        for place in range(len(lengths)):
-            assert len(fleet.traced(s, place)) == lengths[place] + 1
+    for s in range(len(fleet.states)):  # later steps, of others, leave results alone
+        check_results(fleet, s)
+    assert fleet.tables.results[:, sorted(set(range(len(fleet.slots) + 2)) - set(fleet.slots))].eq(-7).all()
 
 
 def check_inputs(fleet: Fleet, inputs: StepInputs) -> None:
@@ -220,6 +213,17 @@ def check_sentence(fleet: Fleet, s: int) -> None:
             score = float(tables.hypothesis_score[slot, place])
             assert score == pytest.approx(hypothesis.score, rel=1e-5)
             assert tables.hypotheses[slot, place, 2:].tolist() == [hypothesis.last_token, hypothesis.length]
+    if state.closed:
+        check_results(fleet, s)
+
+
+def check_results(fleet: Fleet, s: int) -> None:
+    state, slot = fleet.states[s], fleet.slots[s]
+    for place, hypothesis in enumerate(state.finished):
+        score, tokens = fleet.result(s, place)
+        assert tokens == (hypothesis.tokens if hypothesis.done else ())
+        assert score == float(fleet.tables.hypothesis_score[slot, place])
+    assert fleet.tables.results[state.num_beams :, slot, FIRST_TOKEN:].eq(-7).all(), "places that the sentence has not"
 
 
 def test_broken_logits_stop_their_sentence_only(cpu: torch.device) -> None:
@@ -229,6 +233,18 @@ def test_broken_logits_stop_their_sentence_only(cpu: torch.device) -> None:
     values[1] = float("nan")
     fleet.advance(values, ids)
     assert [int(fleet.tables.status[slot]) for slot in fleet.slots] == [2, 0]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_nothing_may_be_chosen_at_the_limit(cpu: torch.device, beams: int) -> None:
+    """The sentence closes without a hypothesis."""
+    fleet = Fleet(cpu, [spec(beams, max=2)], max_target_tokens=12)
+    values = torch.full((fleet.num_entries, 4), float("-inf"))
+    fleet.advance(values, torch.full((fleet.num_entries, 4), 9, dtype=torch.int32))
+    state = fleet.states[0]
+    advance_sentence_reference(state, values[:beams].tolist(), [[9] * 4] * beams, EOS)
+    assert state.closed and not any(hypothesis.done for hypothesis in state.finished)
+    check_sentence(fleet, 0)
 
 
 def test_equal_candidates_take_the_first(cpu: torch.device) -> None:

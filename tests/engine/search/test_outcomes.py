@@ -1,83 +1,44 @@
-"""Finished hypotheses read back from the tables: one by one, side by side, and against a search that keeps its prefixes."""
+"""What is read of the results on the device: mixed lengths and numbers of hypotheses, broken sentences, none at all."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from engine.search import outcomes
-from engine.search.outcomes import Finished, outcome, trace
+from engine.search.outcomes import outcomes
+from kernels.beam_search.tables import BROKEN, CLOSED, FIRST_TOKEN
 
 NUM_POSITIONS = 20
 
 
-class Fleet:
-    """Sentences with random paths: history as the device leaves it, and the same prefixes as lists."""
-
-    def __init__(self, seed: int, num_sentences: int) -> None:
-        generator = np.random.default_rng(seed)
-        beams = generator.integers(1, 9, num_sentences)
-        rows = generator.permutation(int(beams.sum()) + 3)
-        slots = generator.permutation(num_sentences + 2)
-        self.history = generator.integers(-9, 1 << 30, (len(rows), NUM_POSITIONS, 2)).astype(np.int32)
-        self.hypotheses = generator.integers(-9, 9, (len(slots), 8, 4)).astype(np.int32)
-        self.hypotheses[:, :, 0] = 0
-        self.hypotheses[:, :, 3] = generator.integers(0, NUM_POSITIONS, self.hypotheses.shape[:2])
-        self.scores = generator.normal(size=(len(slots), 8)).astype(np.float32)
-        self.expected = []
-        self.finished = Finished(slots[:num_sentences], beams, np.ones_like(beams), np.full((num_sentences, 8), rows[-1]))
-        taken = 0
-        for s, count in enumerate(beams.tolist()):
-            own, slot = rows[taken : taken + count], int(slots[s])
-            taken += count
-            wanted = int(generator.integers(1, count + 1))
-            self.finished.limits[s] = wanted
-            self.finished.rows[s, :count] = own
-            forced = int(generator.integers(1 << 30))
-            prefixes = [[forced]] * count
-            self.history[own, 1] = forced, 0
-            for t in range(2, NUM_POSITIONS):
-                parents, tokens = generator.integers(0, count, count), generator.integers(0, 1 << 30, count)
-                self.history[own, t] = np.stack([tokens, parents], 1)
-                prefixes = [[*prefixes[p], int(token)] for p, token in zip(parents, tokens, strict=True)]
-                # a sentence's paths are read at one length each: keep those that end here
-                place = t - 2
-                if place < count and generator.random() < 0.9:
-                    self.hypotheses[slot, place] = 0, generator.integers(count), generator.integers(1 << 30), t + 1
-                    self._paths(slot)[place] = prefixes
-            done = int(generator.integers(0, count + 1))
-            found = []
-            for place in range(done):
-                if place not in self._paths(slot):
-                    break
-                _, beam, last, length = self.hypotheses[slot, place].tolist()
-                self.hypotheses[slot, place, 0] = 1
-                found.append(([*self._paths(slot)[place][beam], last], float(self.scores[slot, place])))
-                assert len(found[-1][0]) == length
-            self.expected.append(found[:wanted])
-
-    def _paths(self, slot: int) -> dict[int, list[list[int]]]:
-        if not hasattr(self, "_kept"):
-            self._kept: dict[int, dict[int, list[list[int]]]] = {}
-        return self._kept.setdefault(slot, {})
-
-
-@pytest.mark.parametrize("num_sentences", [1, 5, 16, 61])
-@pytest.mark.parametrize("side_by_side_from", [1, 1000])
-def test_paths_are_those_of_the_search(num_sentences: int, side_by_side_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outcomes, "_SIDE_BY_SIDE", side_by_side_from)
-    fleet = Fleet(num_sentences, num_sentences)
-    found = trace(fleet.history, fleet.hypotheses, fleet.scores, fleet.finished)
-    assert [[(list(h.token_ids), h.score) for h in one] for one in found] == fleet.expected
-    assert all(type(token) is int for one in found for h in one for token in h.token_ids)
-
-
-def test_no_sentence_at_all() -> None:
-    fleet, none = Fleet(0, 2), np.zeros((0, 8), dtype=np.int32)
-    nobody = Finished(none[:, 0], none[:, 0], none[:, 0], none)
-    assert trace(fleet.history, fleet.hypotheses, fleet.scores, nobody) == []
+@pytest.mark.parametrize("num_sentences", [1, 5, 61])
+@pytest.mark.parametrize("most", [1, 4, 8])
+def test_hypotheses_are_those_of_the_table(num_sentences: int, most: int) -> None:
+    generator = np.random.default_rng(num_sentences * most)
+    num_slots = num_sentences + 3
+    results = generator.integers(-9, 1 << 30, (most, num_slots, FIRST_TOKEN + NUM_POSITIONS)).astype(np.int32)
+    scores = generator.normal(size=(most, num_slots)).astype(np.float32)
+    results[:, :, 0], results[:, :, 1] = 0, scores.view(np.int32)
+    slots = generator.permutation(num_slots)[:num_sentences].tolist()
+    limits = generator.integers(1, most + 1, num_sentences).tolist()
+    limits[0] = most
+    status = np.full(num_slots, CLOSED, dtype=np.int32)
+    expected = []
+    for slot, limit in zip(slots, limits, strict=True):
+        status[slot] = generator.choice([CLOSED, CLOSED, CLOSED, BROKEN])
+        found = int(generator.integers(0, most + 1))
+        results[:found, slot, 0] = generator.integers(1, NUM_POSITIONS + 1, found)
+        tokens = [tuple(line[FIRST_TOKEN : FIRST_TOKEN + line[0]].tolist()) for line in results[: min(found, limit), slot]]
+        hypotheses = [] if status[slot] == BROKEN else list(zip(tokens, scores[:, slot].tolist(), strict=False))
+        expected.append((slot, hypotheses))
+    given = outcomes(results, slots, limits, status)
+    assert [(one.source_slot, [(h.token_ids, h.score) for h in one.hypotheses]) for one in given] == expected
+    assert all(type(token) is int for one in given for h in one.hypotheses for token in h.token_ids)
+    assert all((one.failure is None) == bool(one.hypotheses) for one in given)
 
 
 def test_a_sentence_without_hypotheses_says_why() -> None:
-    assert "banned every token" in str(outcome(3, [], is_broken=False).failure)
-    assert "not finite" in str(outcome(3, [], is_broken=True).failure)
+    results, status = np.zeros((1, 2, 9), dtype=np.int32), np.array([CLOSED, BROKEN], dtype=np.int32)
+    banned, broken = outcomes(results, [0, 1], [1, 1], status)
+    assert "banned every token" in str(banned.failure)
+    assert "not finite" in str(broken.failure)
