@@ -13,20 +13,16 @@ import torch
 from torch import Tensor
 
 from engine.kv_cache import KVCache
-from engine.model.kernel_layers import (
+from engine.model.kernel_layers import KernelLayers, KernelOptions, Pending, normed, normed_int8
+from engine.model.kernel_weights import (
     KernelDense,
     KernelExperts,
-    KernelLayers,
     KernelLinear,
-    KernelOptions,
-    Pending,
     feed_forward_shapes,
     folded_linear,
     kernel_feed_forward,
     kernel_linear,
     linear_shape,
-    normed,
-    normed_int8,
 )
 from engine.model.layers import LayerNorm
 from engine.model.transformer import DecoderLayer, Transformer

@@ -14,7 +14,8 @@ from engine.device_runner import size_buckets
 from engine.kv_cache import KVCache
 from engine.model.allocation import allocate_transformer
 from engine.model.kernel_decoder import KernelDecoder
-from engine.model.kernel_layers import KernelDense, KernelExperts, KernelOptions, kernel_feed_forward
+from engine.model.kernel_layers import KernelOptions
+from engine.model.kernel_weights import KernelDense, KernelExperts, kernel_feed_forward
 from engine.model.layers import DenseFeedForward
 from engine.search.device_search import DeviceSearch, StepShape
 from kernels.route.constants import gate_constants

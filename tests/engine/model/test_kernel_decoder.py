@@ -17,7 +17,8 @@ from engine.config import EngineConfig
 from engine.kv_cache import KVCache
 from engine.model import kernel_layers
 from engine.model.kernel_decoder import EntryGroups, KernelDecoder
-from engine.model.kernel_layers import KernelDense, KernelExperts, KernelOptions
+from engine.model.kernel_layers import KernelOptions
+from engine.model.kernel_weights import KernelDense, KernelExperts
 from engine.weights.loading import load_transformer
 from kernels.beam_search import StepInputs
 from kernels.row_products import RowProducts, chunk_products
