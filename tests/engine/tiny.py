@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
@@ -77,6 +78,11 @@ def make_tiny_checkpoint(directory: Path, *, seed: int, eos_bias: float = 0.0, *
 def load_hf_model(directory: Path) -> NllbMoeForConditionalGeneration:
     """The oracle: transformers' own model in eval mode, fp32, CPU. It knows top-2 gating only; where config.json says one
     expert a token, its gates are replaced: the first choice keeps its probability, the second gets nothing."""
+    if not transformers.__version__.startswith("4."):
+        raise RuntimeError(
+            f"transformers {transformers.__version__} computes NLLB-MoE wrongly and cannot be the oracle: "
+            "pip install transformers==4.57.6"
+        )
     model = NllbMoeForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
     if getattr(model.config, "num_experts_per_tok", 2) == 1:
         for module in model.modules():
