@@ -8,8 +8,10 @@ at the same position, and keys and values go to the same cells.
 *Left out* (`step_tape.py`). The launches of a part are missing from the captured step; their results are those of the
 complete step, so the others do what they did. Where a part adds to the residual stream (maps with a residual, expert
 sums), that is missing, too, and rows may go to other experts behind it. Results that nobody has just written are read
-from memory, not L2: by their size some 0.1 us a launch too little. us added: the whole step's time less that of the step
-without the part, median over pairs that take turns. Launches overlap, so the parts need not add up to the step.
+from memory, not L2: by their size some 0.1 us a launch too little. Without a map that asks L2 for weights on behalf of a
+later launch (cross out, first dense), that launch waits longer: such maps show less than they take. us added: the whole
+step's time less that of the step without the part, median over pairs that take turns. Launches overlap, so the parts need
+not add up to the step.
 
 *Beside it*: the launches (counted by the profiler, at the end), what reading the part's bytes takes at the bandwidth
 measured, and what a launch that does nothing costs in a row of such (one program that waits and reads one number).
