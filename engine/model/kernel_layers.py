@@ -26,8 +26,9 @@ from kernels.weights_ahead import WeightsAhead
 # Rows from which int8 maps take their rows in int8, too (the output projection always does).
 # Chains of decoder layers (H100, us a layer, 16 bits and int8 rows): 35.6 and 34.5 at 64 rows, 57.9 and 53.9 at 320.
 INT8_ROWS_FROM = 64
-# A dense feed-forward map of up to so many bytes is asked for in L2 by the map before it: that of d 1024. Larger ones would
-# push each other out (a step of 320 rows, H200: 8 MB of experts and these maps 898 -> 889 us; twice the experts' 893).
+# A map asks for no more than so many bytes in L2: of experts the first of them, of a dense feed-forward map all or nothing
+# (that of d 1024). More push each other out (320 rows, H200: 8 MB of experts and these maps 898 -> 889 us; twice the
+# experts' 893).
 BYTES_AHEAD = 8 << 20
 
 
@@ -124,7 +125,7 @@ class KernelLayers:
         """What a feed-forward layer of so many rows begins with: the map before asks for it in L2."""
         if isinstance(layer, KernelDense):
             return WeightsAhead.whole(stored_matrix(layer.fc1), BYTES_AHEAD)
-        return first_weights(layer.fc1, self._expert_tiles(layer, rows))
+        return first_weights(layer.fc1, self._expert_tiles(layer, rows), BYTES_AHEAD)
 
     def products_for(self, layer: KernelDense | KernelExperts) -> RowProducts | None:
         """What the map that writes a feed-forward layer's rows may multiply them by for its router."""

@@ -116,11 +116,12 @@ def expert_ffn(
     return out
 
 
-def first_weights(fc1: PackedExperts, tiles: FfnTiles) -> WeightsAhead | None:
-    """What the programs of a pipelined launch read first, for a launch before to ask for in L2; None for other launches."""
+def first_weights(fc1: PackedExperts, tiles: FfnTiles, limit: int) -> WeightsAhead | None:
+    """What the programs of a pipelined launch read first, `limit` bytes at most, for a launch before to ask for in L2; None
+    for other launches."""
     if not (tiles.pipelined and _has_pipeline(fc1.data)):
         return None
-    return first_strips(fc1, tiles, _programs(tiles, fc1.data))
+    return first_strips(fc1, tiles, _programs(tiles, fc1.data), limit)
 
 
 def _launch_ffn(

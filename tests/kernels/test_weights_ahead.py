@@ -30,7 +30,8 @@ def experts(count: int, features: int, inputs: int, bits: int) -> PackedExperts:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_first_steps_of_the_strips_that_all_programs_begin_with(bits: int) -> None:
     fc1 = experts(8, 512, 1024, bits)
-    asked = first_strips(fc1, TILES, 12)
+    asked = first_strips(fc1, TILES, 12, 1 << 20)
+    assert asked is not None
     assert asked.weights is fc1.data
     assert (asked.pieces, asked.size) == (24, 2 * 8192)
     assert asked.stride == fc1.data[0, 0].numel() * 4
@@ -43,14 +44,19 @@ def test_the_first_steps_of_the_strips_that_all_programs_begin_with(bits: int) -
 
 def test_no_more_than_there_is() -> None:
     fc1 = experts(2, 256, 256, 4)
-    asked = first_strips(fc1, TILES, 264)
+    asked = first_strips(fc1, TILES, 264, 1 << 20)
+    assert asked is not None
     assert (asked.pieces, asked.size, asked.stride) == (8, 8192, 8192)
+    limited = first_strips(fc1, TILES, 264, 3 * 8192 + 8191)
+    assert limited is not None
+    assert (limited.pieces, limited.size, limited.stride) == (3, 8192, 8192)
+    assert first_strips(fc1, TILES, 264, 8191) is None, "less than a piece"
 
 
 def test_other_launches_and_devices_ask_for_nothing() -> None:
     fc1 = experts(2, 256, 256, 4)
-    assert first_weights(fc1, TILES) is None
-    assert first_weights(fc1, FfnTiles(block_tokens=16)) is None
+    assert first_weights(fc1, TILES, 1 << 20) is None
+    assert first_weights(fc1, FfnTiles(block_tokens=16), 1 << 20) is None
     assert ahead_constants(None)["PIECES"] == 0
 
 

@@ -12,7 +12,7 @@ from kernels.launch import check, overlap
 from kernels.routing import Routing
 from kernels.weights_ahead import WeightsAhead
 
-# Steps of each strip that are asked for before the launch: two of the three that a program holds, 8 MB for the paper's shape
+# Steps of each strip that are asked for before the launch: two of the three that a program holds
 _STEPS_AHEAD = 2
 
 
@@ -56,13 +56,15 @@ def pipelined_constants(d_model: int, d_ff: int, top_k: int, bits: int, tiles: F
     }
 
 
-def first_strips(fc1: PackedExperts, tiles: FfnTiles, programs: int) -> WeightsAhead:
-    """The first steps of the strips that `programs` programs begin with, as if every expert were hit and had one tile. Which
-    have more is not known yet; the strips of later experts, asked for in vain then, are read a little later."""
+def first_strips(fc1: PackedExperts, tiles: FfnTiles, programs: int, limit: int) -> WeightsAhead | None:
+    """The first steps of the strips that `programs` programs begin with, `limit` bytes at most, as if every expert were hit
+    and had one tile. Which have more is not known yet; strips of later experts, asked for in vain then, are read a little
+    later. None where the limit is below one piece."""
     step = STRIP * WORDS * 4
     experts, strips, steps = fc1.data.shape[:3]
-    begun = min(programs * (tiles.bn1 // STRIP), experts * strips)
-    return WeightsAhead(fc1.data, begun, min(_STEPS_AHEAD, steps) * step, steps * step)
+    size = min(_STEPS_AHEAD, steps) * step
+    begun = min(programs * (tiles.bn1 // STRIP), experts * strips, limit // size)
+    return WeightsAhead(fc1.data, begun, size, steps * step) if begun else None
 
 
 def launch_pipelined(
