@@ -6,12 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from loadtest.commands import compare, knee, report, run
+from loadtest.commands import closed, compare, knee, report, run
 from loadtest.errors import LoadTestError
 
-_COMMANDS = {"run": run, "knee": knee, "report": report, "compare": compare}
+_COMMANDS = {"run": run, "knee": knee, "closed": closed, "report": report, "compare": compare}
 _ABOUT = """\
-Open-loop load tests for a translation service that speaks POST /v1/translate.
+Load tests for a translation service that speaks POST /v1/translate; all but `closed` are open-loop.
 
 When each request is sent is fixed before the run, and latency counts from that moment: a service that stalls cannot slow
 the test down and so hide its stall. Every run proves that the client kept its schedule, or says that it is not valid."""
@@ -19,6 +19,7 @@ _START = """\
 start here, with a service on this machine (`make run`):
   python -m loadtest run --rate 5 --duration 30      how does it do at 5 requests/s?
   python -m loadtest knee                            how much can it take within its SLO?
+  python -m loadtest closed --clients 1,32,256       how many requests/s at so many clients?
   python -m loadtest compare before.json after.json  did a change help?
 
 Operators who want a web page, several load machines or hand-made shapes: locust -f loadtest/locustfile.py"""

@@ -187,11 +187,41 @@ class KneeResult(_Record):
         return next((trial.run for trial in self.trials if trial.rate_per_s == self.knee_per_s), None)
 
 
+class LevelResult(_Record):
+    """Some clients at once. latency: of requests answered well, from their send; counts: of requests that ended in time.
+
+    requests_per_s: answered well. gpu_busy: share in 0..1 of the time in which any kernel ran, by index of the GPU, empty
+    where this machine cannot tell. cpu_fraction: of one core, of the busiest client process.
+    """
+
+    num_clients: int
+    num_processes: int
+    duration_s: float
+    counts: Counts
+    requests_per_s: float
+    source_chars_per_s: float
+    latency: LatencySummary | None
+    gpu_busy: dict[str, float]
+    cpu_fraction: float
+
+
+class ClosedLoopResult(_Record):
+    """What a service does at one number of clients after another (loadtest.closed_loop)."""
+
+    format: Literal["babelephant-loadtest-closed/1"] = "babelephant-loadtest-closed/1"
+    created_at: str
+    url: str
+    workload: str
+    seed: int
+    warmup_s: float
+    levels: list[LevelResult]
+
+
 Result = Annotated[RunResult | KneeResult, Field(discriminator="format")]
 _RESULT: TypeAdapter[RunResult | KneeResult] = TypeAdapter(Result)
 
 
-def save_result(result: RunResult | KneeResult, path: Path) -> None:
+def save_result(result: RunResult | KneeResult | ClosedLoopResult, path: Path) -> None:
     """Write the JSON file whole or not at all."""
     write_atomically(path, result.model_dump_json(indent=1))
 

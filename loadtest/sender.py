@@ -91,7 +91,7 @@ class OpenLoopSender:
         """
         loop = asyncio.get_running_loop()
         started_at, cpu_started = loop.time(), time.thread_time()
-        async with _session() as session:
+        async with open_session(_stamps_of_sending()) as session:
             self._origin = loop.time() + _LEAD_S if origin_s is None else origin_s
             with _quiet_gc():
                 watch = loop.create_task(self._watch())
@@ -172,18 +172,23 @@ class OpenLoopSender:
 
 
 @contextlib.asynccontextmanager
-async def _session() -> AsyncIterator[aiohttp.ClientSession]:
-    tracing = aiohttp.TraceConfig()
-    tracing.on_request_headers_sent.append(_headers_sent)
+async def open_session(*traces: aiohttp.TraceConfig) -> AsyncIterator[aiohttp.ClientSession]:
+    """A session of any number of connections to the service itself; deadlines are the caller's."""
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # the deadline is ours, from the intended time
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
         headers={"Content-Type": "application/json", "User-Agent": "babelephant-loadtest"},
-        trace_configs=[tracing],
+        trace_configs=list(traces),
         trust_env=False,  # a proxy from the environment would be measured instead, and may be another machine
         cookie_jar=aiohttp.DummyCookieJar(),
     ) as session:
         yield session
+
+
+def _stamps_of_sending() -> aiohttp.TraceConfig:
+    tracing = aiohttp.TraceConfig()
+    tracing.on_request_headers_sent.append(_headers_sent)
+    return tracing
 
 
 async def _headers_sent(

@@ -308,7 +308,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
 def test_help_teaches_with_commands_that_parse(capsys):
     parser = build_parser()
     pages = []
-    for command in ([], ["run"], ["knee"], ["report"], ["compare"]):
+    for command in ([], ["run"], ["knee"], ["closed"], ["report"], ["compare"]):
         with pytest.raises(SystemExit):
             main([*command, "--help"])
         pages.append(capsys.readouterr().out)
