@@ -17,7 +17,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from engine.config import EngineConfig, ModelConfig
@@ -43,10 +42,9 @@ _STEPS_AHEAD = 2  # launched and not looked at: one that runs and one behind it
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A launched decode step: who took part, the status of all slots after it, and the event that says it is there."""
+    """A launched decode step: who took part, and the event that says it is over."""
 
     composition: Composition
-    status: Tensor
     ended: torch.cuda.Event | None
 
 
@@ -92,13 +90,10 @@ class DeviceRunner:
         self._graphs = CapturedSteps(self._device, clock)
         self._expert_load = ExpertLoadMeter(transformer.encoder_load, transformer.decoder_load)
         self._packed = {s: torch.zeros((5, s), dtype=torch.int32, device=self._device) for s in self._token_buckets}
-        pinned = self._device.type == "cuda"
-        status = (engine_config.max_source_slots,)
-        self._status = [torch.zeros(status, dtype=torch.int32, pin_memory=pinned) for _ in range(_STEPS_AHEAD + 1)]
-        self._ended = [torch.cuda.Event() if pinned else None for _ in self._status]  # type: ignore[no-untyped-call]
+        on_gpu = self._device.type == "cuda"
+        self._ended = [torch.cuda.Event() if on_gpu else None for _ in range(_STEPS_AHEAD + 1)]  # type: ignore[no-untyped-call]
         self._num_steps = 0
         self._in_flight: deque[_Step] = deque()
-        self._reader = torch.cuda.Stream(self._device) if pinned else None  # type: ignore[no-untyped-call]
 
     @classmethod
     def load(cls, checkpoint: Path, engine_config: EngineConfig, *, progress: bool = False) -> Self:
@@ -163,11 +158,7 @@ class DeviceRunner:
         elif oldest is None and self._in_flight:  # all sentences are at their limit: look at what is left
             oldest = self._in_flight.popleft()
             closed = self._wait(oldest)
-        if oldest is None or not closed:
-            return []
-        # On a second stream: after `oldest`, which the host has waited for, but not after what has been launched since.
-        with torch.cuda.stream(self._reader):
-            return self._search.read(closed, oldest.status.numpy())
+        return self._search.read(closed) if closed else []
 
     @torch.inference_mode()
     def next_step(self) -> tuple[Callable[[], None], BeamTables]:
@@ -196,20 +187,18 @@ class DeviceRunner:
             self._capture_step(shape)
             self._search.plan()
         self._graphs.run(shape, functools.partial(self._run_step, shape))
-        turn = self._num_steps % len(self._status)
-        status, ended = self._status[turn], self._ended[turn]
+        ended = self._ended[self._num_steps % len(self._ended)]
         self._num_steps += 1
-        status.copy_(self._search.tables.status, non_blocking=True)
         if ended is not None:
             ended.record()
         self._expert_load.decoded()
-        return _Step(self._search.took(), status, ended)
+        return _Step(self._search.took(), ended)
 
     def _wait(self, step: _Step) -> list[Any]:
         """The sentences that this step ended, which leave the search."""
         if step.ended is not None:
             step.ended.synchronize()
-        return self._search.close(step.composition, step.status.numpy())
+        return self._search.close(step.composition)
 
     def _capture_step(self, shape: StepShape) -> None:
         if not self._graphs.has(shape):

@@ -12,6 +12,7 @@ _PREFETCH_PIECE = tl.constexpr(
     "{.reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
     "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;}"
 )
+_FENCE_FOR_HOST = tl.constexpr("fence.acq_rel.sys; mov.b32 $0, 0;")
 _PREFETCH_LINE = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 
 
@@ -64,3 +65,13 @@ def prefetch_lines(ptrs, OVERLAP: tl.constexpr):
     """Ask for the 128-byte lines of these addresses in L2, as `prefetch_piece` does for one piece."""
     if OVERLAP:
         tl.inline_asm_elementwise(_PREFETCH_LINE, "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def tell_host(ptr, value, ON_GPU: tl.constexpr):
+    """Store the scalar `value` in memory of the host, which may read it at any time: what this program has stored before is
+    there by then. Without ON_GPU (Triton's interpreter) whoever reads comes later anyway."""
+    if ON_GPU:
+        tl.debug_barrier()
+        tl.inline_asm_elementwise(_FENCE_FOR_HOST, "=r,r", [value], dtype=tl.int32, is_pure=False, pack=1)
+    tl.store(ptr, value)

@@ -110,6 +110,7 @@ def layout_of(z: StepSizes, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ..
         "ancestry": ((z.rows, t + 1), i32),
         "history": ((z.rows, t + 1, 2), i32),
         "results": ((MAX_BEAMS, p, FIRST_TOKEN + t), i32),
+        "reported": ((p,), i32),
     }
     for i, tiles in enumerate(EXPERT_TILES):
         num_tiles = max_tiles(pairs, z.experts, tiles.block_tokens)

@@ -184,7 +184,8 @@ def tables_differ(
             advance_lists(moved, values, token_ids)
             if _sentence_differs(moved, now):
                 return True
-    kept = [(n, still) for n in ("sentences", "status", "token_ids", "cum_logprob", "hypotheses", "hypothesis_score")]
+    by_slot = ("sentences", "status", "reported", "token_ids", "cum_logprob", "hypotheses", "hypothesis_score")
+    kept = [(n, still) for n in by_slot]
     kept += [(n, still_rows) for n in ("ancestry", "history")]
     if not torch.equal(was.results[:, still], now.results[:, still]):
         return True
@@ -197,8 +198,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def _sentence_differs(s: Sentence, tables: BeamTables) -> bool:
     state, n = s.state, s.state.num_beams
-    counted = int(tables.status[s.slot]), int(tables.sentences[s.slot, NUM_TOKENS])
-    if counted != (int(state.closed), len(state.prefixes[0]) - 1):
+    counted = int(tables.status[s.slot]), int(tables.reported[s.slot]), int(tables.sentences[s.slot, NUM_TOKENS])
+    if counted != (int(state.closed), int(state.closed), len(state.prefixes[0]) - 1):
         return True
     if tables.token_ids[s.slot, :n].tolist() != [prefix[-1] for prefix in state.prefixes]:
         return True

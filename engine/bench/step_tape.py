@@ -169,5 +169,7 @@ def _parts_of(value: Any) -> Iterator[Any]:
 
 
 def table_copies(tables: Any) -> dict[int, tuple[Tensor, Tensor]]:
-    """Tensors of a dataclass and their contents now, as `StepTape.saved` holds them."""
-    return {one.data_ptr(): (one, one.clone()) for one in _parts_of(tables) if isinstance(one, torch.Tensor)}
+    """Tensors of a dataclass and their contents now, as `StepTape.saved` holds them; not those for the host, which launches
+    only write."""
+    tensors = (one for one in _parts_of(tables) if isinstance(one, torch.Tensor))
+    return {one.data_ptr(): (one, one.clone()) for one in tensors if not one.is_pinned()}

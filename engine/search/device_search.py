@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.search.outcomes import outcomes
 from engine.search.rules import ban_repeated_ngrams
 from engine.search.spec import SearchOutcome, SearchSpec
-from engine.search.transfer import TableReader, copy_to_device, to_device
+from engine.search.transfer import copy_to_device, to_device
 from kernels.beam_search import BeamTables, StepInputs, advance_sentences, begin_sentences, step_inputs
 from kernels.beam_search.tables import BOUNDS_BY_MAX, NGRAM_SIZE, RECORD_FIELDS, STOPS_WHEN_FULL
 from kernels.history_lists import HistoryLists
@@ -86,7 +86,8 @@ class DeviceSearch:
         )
         self._start_token_id, self._eos_token_id = start_token_id, eos_token_id
         self._buckets = tuple(entry_buckets)
-        self._results = TableReader(self.tables.results)
+        self._results: NDArray[np.int32] = self.tables.results.numpy()
+        self._reported: NDArray[np.int32] = self.tables.reported.numpy()
         self._plan = torch.zeros((5, self._buckets[-1]), dtype=torch.int32, device=device)
         self._inputs = StepInputs.allocate(self._buckets[-1], device)
         self._lists_from = lists_from
@@ -226,22 +227,23 @@ class DeviceSearch:
         self._num_steps += 1
         return self._planned
 
-    def close(self, composition: Composition, status: NDArray[np.int32]) -> list[_Sentence]:
-        """Take out the sentences of a step that have ended by its status int32[P]; those removed meanwhile are left out.
+    def close(self, composition: Composition) -> list[_Sentence]:
+        """Take out the sentences of a step that is over and that have ended, in it or in one launched since; those removed
+        meanwhile are left out.
 
-        Their rows and slots must stay untouched until `read`.
+        Their slots must stay untouched until `read`.
         """
-        ended = status[composition.slots].nonzero()[0].tolist()
+        ended = self._reported[composition.slots].nonzero()[0].tolist()
         closed = [s for s in (composition.sentences[i] for i in ended) if s.is_live]
         if closed:
             self._drop(closed)
         return closed
 
-    def read(self, closed: Sequence[_Sentence], status: NDArray[np.int32]) -> list[SearchOutcome]:
-        """Results of sentences that were closed with this status; waits for the current stream only."""
+    def read(self, closed: Sequence[_Sentence]) -> list[SearchOutcome]:
+        """Results of sentences that were closed."""
         limits = [sentence.spec.options.num_hypotheses for sentence in closed]
-        results = self._results.read(max(limits))
-        return outcomes(results, [sentence.source_slot for sentence in closed], limits, status)
+        slots = [sentence.source_slot for sentence in closed]
+        return outcomes(self._results[: max(limits)], slots, limits, self._reported)
 
     def _drop(self, sentences: Sequence[_Sentence]) -> None:
         for sentence in sentences:

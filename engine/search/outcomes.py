@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,28 +20,30 @@ def outcomes(
     results int32[K, P, T + 2] as in BeamTables, of the K = max(limits) best places; status int32[P].
     """
     at = np.array(slots)
-    chosen = results.transpose(1, 0, 2)[at]
-    lengths = chosen[:, :, 0]
-    counts = np.minimum(np.count_nonzero(lengths, axis=1), limits).tolist()
-    chosen = chosen[:, :, : FIRST_TOKEN + int(lengths.max())]
-    scores = chosen[:, :, 1].view(np.float32).reshape(-1).tolist()
+    chosen, ended_as = results[:, at], status[at].tolist()
+    lengths, scores = chosen[:, :, 0].tolist(), chosen[:, :, 1].view(np.float32).tolist()
+    longest = max(map(max, lengths))
     # one flat list: one for each hypothesis would be as many objects for the garbage collector
-    flat, starts = chosen.reshape(-1).tolist(), range(FIRST_TOKEN, chosen.size + 1, chosen.shape[2])
+    flat, starts = chosen[:, :, FIRST_TOKEN : FIRST_TOKEN + longest].ravel().tolist(), itertools.count(0, longest)
     places = [
-        ScoredTokens(tuple(flat[start : start + length]), score)
-        for start, length, score in zip(starts, lengths.reshape(-1).tolist(), scores, strict=True)
+        [
+            ScoredTokens(tuple(flat[start : start + length]), score)
+            for length, score, start in zip(lengths_here, scores_here, starts, strict=False)  # starts have no end
+        ]
+        for lengths_here, scores_here in zip(lengths, scores, strict=True)
     ]
-    firsts = range(0, len(places), len(results))
-    is_broken = (status[at] == BROKEN).tolist()
     return [
-        _outcome(slot, () if broken else tuple(places[first : first + count]), is_broken=broken)
-        for slot, first, count, broken in zip(slots, firsts, counts, is_broken, strict=True)
+        _outcome(slot, hypotheses[:limit], kind == BROKEN)
+        for slot, limit, kind, hypotheses in zip(slots, limits, ended_as, zip(*places, strict=True), strict=True)
     ]
 
 
-def _outcome(slot: int, hypotheses: tuple[ScoredTokens, ...], *, is_broken: bool) -> SearchOutcome:
-    if hypotheses:
-        return SearchOutcome(slot, hypotheses)
+def _outcome(slot: int, hypotheses: tuple[ScoredTokens, ...], is_broken: bool) -> SearchOutcome:
+    """hypotheses: places of the finished list, best first; those that nothing has come to have no tokens and come last."""
     if is_broken:
         return SearchOutcome(slot, (), "the model's logits are not finite; load it in a wider precision")
-    return SearchOutcome(slot, (), "the search options banned every token, so no hypothesis exists")
+    if not hypotheses[-1].token_ids:
+        hypotheses = tuple(hypothesis for hypothesis in hypotheses if hypothesis.token_ids)
+        if not hypotheses:
+            return SearchOutcome(slot, (), "the search options banned every token, so no hypothesis exists")
+    return SearchOutcome(slot, hypotheses)

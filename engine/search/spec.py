@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.types import SearchOptions
 
@@ -29,16 +30,15 @@ class SearchSpec:
             raise ValueError(f"max_tokens is {self.max_tokens}; the forced token is the first, choose 2 or more")
 
 
-@dataclass(frozen=True, slots=True)
-class ScoredTokens:
+# Named tuples: many are made at once while the device may wait, and a frozen dataclass takes twice as long to make.
+class ScoredTokens(NamedTuple):
     """One hypothesis: generated ids (forced token first, eos last where reached) and its score after length penalty."""
 
     token_ids: tuple[int, ...]
     score: float
 
 
-@dataclass(frozen=True, slots=True)
-class SearchOutcome:
+class SearchOutcome(NamedTuple):
     """A sentence that finished: its hypotheses, best first; none when there is nothing to return, and `failure` says why."""
 
     source_slot: int

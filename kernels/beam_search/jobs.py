@@ -16,5 +16,7 @@ def search_jobs() -> list[Job]:
         ("kernels.beam_search.inputs", "step_inputs_kernel", (*inputs, width, 2, 2), input_options(width > 0))
         for width in (0, 352)
     ]
-    tables = (i32, i32, i32, i32, f32, i32, i32, i32, i32, i32, f32, f32, f32, i32, i32, i32, i32, 40, 80, 2)
-    return jobs + [("kernels.beam_search.kernel", "advance_kernel", tables, advance_options(k)) for k in (1, 8, 16)]
+    tables = (i32, i32, i32, i32, f32, i32, i32, i32, i32, i32, f32, f32, f32, i32, i32, i32, i32, i32, 40, 80, 2)
+    return jobs + [
+        ("kernels.beam_search.kernel", "advance_kernel", tables, advance_options(k, on_gpu=True)) for k in (1, 8, 16)
+    ]

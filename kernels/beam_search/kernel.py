@@ -6,7 +6,7 @@ N beams of the sentence (at most NB = 8), K candidates a row, T + 1 = POSITIONS 
 import triton
 import triton.language as tl
 
-from kernels.dependency import wait_for_inputs
+from kernels.dependency import tell_host, wait_for_inputs
 
 NEVER = tl.constexpr(-1.0e9)  # score of what must never win, finite as in transformers
 
@@ -25,6 +25,7 @@ def begin_kernel(
     hypotheses_ptr,
     ancestry_ptr,
     history_ptr,
+    reported_ptr,
     num_positions,
     start_token,
     NB: tl.constexpr,
@@ -48,6 +49,7 @@ def begin_kernel(
     tl.store(sentence + 4, 1)
     tl.store(sentence + 5, tl.load(record + 6))
     tl.store(status_ptr + slot, 0)
+    tl.store(reported_ptr + slot, 0)
     tl.store(rows_ptr + slot * NB + j, tl.where(beams, rows, -1))
     tl.store(token_ids_ptr + slot * NB + j, tl.where(beams, forced, 0))
     tl.store(cum_ptr + slot * NB + j, tl.where(j == 0, 0.0, NEVER))
@@ -134,6 +136,7 @@ def advance_kernel(
     ancestry_ptr,
     history_ptr,
     results_ptr,
+    reported_ptr,
     num_positions,
     num_slots,
     eos_token,
@@ -142,6 +145,7 @@ def advance_kernel(
     K_PAD: tl.constexpr,
     FIELDS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ON_GPU: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One token for one sentence, transformers' beam search rule for rule: 2N candidates; one that stops counts only among
@@ -256,7 +260,8 @@ def advance_kernel(
             tl.store(cum_ptr + slot * NB + j, new_cum, mask=beams)
             tl.store(token_ids_ptr + slot * NB + j, new_token, mask=beams)
             tl.store(sentence + 4, position)
-            tl.store(status_ptr + slot, tl.where(broken != 0, 2, closed.to(tl.int32)))
+            ended_as = tl.where(broken != 0, 2, closed.to(tl.int32))
+            tl.store(status_ptr + slot, ended_as)
             if closed:
                 _write_results(
                     new_score,
@@ -273,3 +278,5 @@ def advance_kernel(
                     slot,
                     NB,
                 )
+            if ended_as != 0:
+                tell_host(reported_ptr + slot, ended_as, ON_GPU)

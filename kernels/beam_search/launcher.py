@@ -39,6 +39,7 @@ def begin_sentences(records: torch.Tensor, normalizers: torch.Tensor, tables: Be
         tables.hypotheses,
         tables.ancestry,
         tables.history,
+        tables.reported,
         tables.num_positions,
         start_token_id,
         NB=MAX_BEAMS,
@@ -140,7 +141,7 @@ def advance_sentences(
     (or 1 where all are greedy); NaN marks logits that are not finite. group_slots, group_starts, group_counts int32[G]: runs
     of entries (count 0: unused), one a beam; in a sentence's first step one for its first beam, for all are alike then and
     only that may branch. A run that starts with beam -1 is a start token and does not advance. Sentences that close leave
-    their hypotheses in `results`. One launch.
+    their hypotheses in `results`, for the host to read once `reported` says so. One launch.
     """
     entries, candidates = values.shape
     check(top_token_ids.shape == values.shape, "values and top_token_ids must be of one shape")
@@ -166,15 +167,16 @@ def advance_sentences(
         tables.ancestry,
         tables.history,
         tables.results,
+        tables.reported,
         tables.num_positions,
         tables.num_slots,
         eos_token_id,
-        **advance_options(candidates),
+        **advance_options(candidates, on_gpu=values.is_cuda),
         **overlap(values),
     )
 
 
-def advance_options(num_candidates: int) -> dict[str, int]:
+def advance_options(num_candidates: int, *, on_gpu: bool) -> dict[str, int]:
     """Constants and warps of the search step, which compares every candidate of a sentence with every other."""
     padded = next_power_of_two(num_candidates)
     return {
@@ -183,5 +185,6 @@ def advance_options(num_candidates: int) -> dict[str, int]:
         "K_PAD": padded,
         "FIELDS": SENTENCE_FIELDS,
         "BLOCK": _BLOCK,
+        "ON_GPU": on_gpu,
         "num_warps": 1 if padded <= 8 else 4,
     }

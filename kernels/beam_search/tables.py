@@ -25,8 +25,11 @@ class BeamTables:
     """By slot: sentences int32[P, 8] (fields above), status int32[P], rows int32[P, 8] (cache rows of its beams), token_ids
     int32[P, 8] fed next, cum_logprob fp32[P, 8] best first, normalizers fp32[P, T + 2] (n ** length_penalty), and the
     finished list, best first: hypothesis_score fp32[P, 8], hypotheses int32[P, 8, 4] (done, beam, last token, length).
-    Written when a sentence closes, by place in that list and slot: results int32[8, P, T + 2] (length, 0 where there is no
-    hypothesis; the bits of the fp32 score; the tokens from the forced one on). The best of all sentences lie together.
+
+    For the host, which reads them without asking the device, so in pinned memory where the tables are on a GPU: results
+    int32[8, P, T + 2] by place in that list and slot, written when a sentence closes (length, 0 where there is no
+    hypothesis; the bits of the fp32 score; the tokens from the forced one on; the best of all sentences lie together), and
+    reported int32[P], the status that a sentence ended with, written once its results are there, LIVE until then.
 
     By row: ancestry int32[N, T + 1], the cache row that holds position t of the beam living in row n; history int32
     [N, T + 1, 2], the token that row n was fed at position t and the beam number it continued there.
@@ -43,6 +46,7 @@ class BeamTables:
     ancestry: torch.Tensor
     history: torch.Tensor
     results: torch.Tensor
+    reported: torch.Tensor
 
     @classmethod
     def allocate(cls, *, num_slots: int, num_rows: int, max_target_tokens: int, device: torch.device) -> BeamTables:
@@ -53,6 +57,10 @@ class BeamTables:
 
         def floats(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        def host_ints(*shape: int) -> torch.Tensor:
+            on_gpu = device.type == "cuda"
+            return torch.zeros(shape, dtype=torch.int32, device="cpu" if on_gpu else device, pin_memory=on_gpu)
 
         return cls(
             sentences=ints(num_slots, SENTENCE_FIELDS),
@@ -65,7 +73,8 @@ class BeamTables:
             hypotheses=ints(num_slots, MAX_BEAMS, 4),
             ancestry=ints(num_rows, max_target_tokens + 1),
             history=ints(num_rows, max_target_tokens + 1, 2),
-            results=ints(MAX_BEAMS, num_slots, FIRST_TOKEN + max_target_tokens),
+            results=host_ints(MAX_BEAMS, num_slots, FIRST_TOKEN + max_target_tokens),
+            reported=host_ints(num_slots),
         )
 
     @property
@@ -77,12 +86,6 @@ class BeamTables:
     def num_positions(self) -> int:
         """T + 1: columns of ancestry and history."""
         return self.ancestry.shape[1]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tables."""
-        tensors = (getattr(self, name) for name in self.__slots__)
-        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ class Fleet:
         for tensor in (self.tables.ancestry, self.tables.history, self.tables.hypotheses, self.tables.results):
             tensor.fill_(-7)
         self.tables.status.fill_(1)
+        self.tables.reported.fill_(1)
         order = list(range(num_slots))
         random.Random(1).shuffle(order)
         free_rows = list(range(num_rows))
@@ -56,12 +57,9 @@ class Fleet:
                     finished=[Hypothesis() for _ in rows],
                 )
             )
-        begin_sentences(
-            torch.tensor(records, dtype=torch.int32, device=device),
-            torch.tensor(norms, device=device),
-            self.tables,
-            start_token_id=START,
-        )
+        self.records = torch.tensor(records, dtype=torch.int32, device=device)
+        self.norms = torch.tensor(norms, device=device)
+        self.begin()
         entries = [(s, j) for s, spec in enumerate(specs) for j in range(spec["beams"])]
         idle = [(-1, 0)] * 2
 
@@ -80,7 +78,15 @@ class Fleet:
         out = StepInputs.allocate(self.num_entries, self.device)
         return step_inputs(self.entry_slots, self.entry_beams, self.tables, start_token_id=START, eos_token_id=EOS, out=out)
 
+    def begin(self) -> None:
+        begin_sentences(self.records, self.norms, self.tables, start_token_id=START)
+
     def advance(self, values: torch.Tensor, ids: torch.Tensor, *, only_first_beams: bool = False) -> None:
+        self.launch(values, ids, only_first_beams=only_first_beams)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # results are read from the host's memory
+
+    def launch(self, values: torch.Tensor, ids: torch.Tensor, *, only_first_beams: bool = False) -> None:
         advance_sentences(
             values,
             ids,
@@ -100,7 +106,7 @@ class Fleet:
 
     def result(self, s: int, place: int) -> tuple[float, tuple[int, ...]]:
         """Score and tokens of a hypothesis of a closed sentence."""
-        found = self.tables.results[place, self.slots[s]].cpu()
+        found = self.tables.results[place, self.slots[s]]
         length = int(found[0])
         return float(found[1].view(torch.float32)), tuple(found[FIRST_TOKEN : FIRST_TOKEN + length].tolist())
 
@@ -201,7 +207,7 @@ def check_inputs(fleet: Fleet, inputs: StepInputs) -> None:
 
 def check_sentence(fleet: Fleet, s: int) -> None:
     state, slot, tables = fleet.states[s], fleet.slots[s], fleet.tables
-    assert int(tables.status[slot]) == int(state.closed)
+    assert int(tables.status[slot]) == int(tables.reported[slot]) == int(state.closed)
     n = state.num_beams
     torch.testing.assert_close(tables.cum_logprob[slot, :n].cpu(), torch.tensor(state.cum_logprob), rtol=1e-6, atol=1e-5)
     for j, prefix in enumerate(state.prefixes):
@@ -232,7 +238,8 @@ def test_broken_logits_stop_their_sentence_only(cpu: torch.device) -> None:
     ids = torch.arange(3, 19, dtype=torch.int32).repeat(fleet.num_entries, 1)
     values[1] = float("nan")
     fleet.advance(values, ids)
-    assert [int(fleet.tables.status[slot]) for slot in fleet.slots] == [2, 0]
+    for status in (fleet.tables.status, fleet.tables.reported):
+        assert [int(status[slot]) for slot in fleet.slots] == [2, 0]
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -261,3 +268,34 @@ def test_wrong_shapes_say_the_fix(cpu: torch.device) -> None:
         begin_sentences(torch.zeros(1, 3, dtype=torch.int32), torch.zeros(1, 10), tables, start_token_id=START)
     with pytest.raises(ValueError, match="normalizers"):
         begin_sentences(torch.zeros(1, 16, dtype=torch.int32), torch.zeros(1, 9), tables, start_token_id=START)
+
+
+@pytest.mark.gpu
+def test_results_are_there_as_soon_as_the_host_is_told(cuda: torch.device) -> None:
+    """The host reads while search steps run, many times over: a sentence that is reported has all its tokens."""
+    count, length = 256, 24
+    specs = [spec(4, max=length, forced=5 + s % 30) for s in range(count)]
+    fleet = Fleet(cuda, specs, max_target_tokens=length)
+    generator = torch.Generator().manual_seed(0)
+    steps = []
+    for _ in range(length):  # no entry chooses eos, so all sentences close in the last step
+        values = torch.randn(fleet.num_entries, 8, generator=generator).log_softmax(1).sort(descending=True).values
+        steps.append(
+            (values.to(cuda), torch.randint(3, VOCAB, values.shape, generator=generator, dtype=torch.int32).to(cuda))
+        )
+    reported, results = fleet.tables.reported.numpy(), fleet.tables.results.numpy()
+    slots = fleet.slots
+    for _ in range(20):
+        results.fill(-7)
+        fleet.begin()
+        torch.cuda.synchronize()
+        for values, ids in steps:
+            fleet.launch(values, ids)
+        seen = 0
+        while seen < count:
+            told = [slot for slot in slots if reported[slot]]
+            lengths = results[0, told, 0]
+            tokens = results[0, told, FIRST_TOKEN : FIRST_TOKEN + length]
+            assert (lengths == length).all() and (tokens != -7).all()
+            seen = len(told)
+        torch.cuda.synchronize()
