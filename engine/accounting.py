@@ -103,7 +103,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         expert_matrices=matrices,
         expert_biases=biases,
         routers=routers,
-        embedding=config.vocab_size * d,
+        embedding=config.vocab_size * d * (1 if config.tie_word_embeddings else 2),
         dense=attentions * attention + norms * 2 * d + dense_ffn,
     )
 
@@ -177,7 +177,7 @@ def plan_memory(config: ModelConfig, engine_config: EngineConfig) -> MemoryPlan:
         experts = expert_bytes(config, engine_config.precision)
     copies = 0
     if engine_config.device == "cpu" and engine_config.compute_dtype != "float16":
-        copies = config.vocab_size * config.d_model * item_bytes
+        copies = config.vocab_size * config.d_model * item_bytes if config.tie_word_embeddings else 0
         if engine_config.compute_dtype == "bfloat16" and scheme is not None and scheme.bits == 4:
             copies += _decoder_share(config, experts)
     rows = engine_config.max_rows * kv_bytes_per_row(config, engine_config.max_target_tokens + 1, item_bytes)
@@ -262,12 +262,13 @@ def _folded_router_bytes(config: ModelConfig, engine_config: EngineConfig) -> in
 
 def _int8_change(config: ModelConfig, item_bytes: int) -> int:
     """Bytes that `int8_dense` adds (negative: saves): maps of the decoder to queries, keys and values and to dense
-    feed-forward layers take the place of the plain ones; the output projection stands beside the embedding, whose rows are
-    looked up as they are. Every output channel has a float32 scale."""
+    feed-forward layers take the place of the plain ones, and so does an output projection of its own; one that is tied
+    stands beside the embedding, whose rows are looked up as they are. Every output channel has a float32 scale."""
     d = config.d_model
     dense = config.decoder_layers - num_sparse_layers(config, "decoder")
     channels = config.decoder_layers * 3 * d + dense * config.decoder_ffn_dim
     head = _round_up(config.vocab_size, _VOCABULARY_ALIGNMENT) * (d + _FP32_BYTES)
+    head -= 0 if config.tie_word_embeddings else config.vocab_size * d * item_bytes
     return head - channels * (d * (item_bytes - 1) - _FP32_BYTES)
 
 

@@ -19,7 +19,7 @@ _ACCEPTED_ONLY: Mapping[str, tuple[Any, ...]] = {
     "model_type": ("nllb-moe", "nllb_moe"),
     "second_expert_policy": ("all",),
     "activation_function": ("relu",),
-    "tie_word_embeddings": (True,),
+    "tie_word_embeddings": (True, False),
     "moe_eval_capacity_token_fraction": (1.0,),
     "router_dtype": ("float32",),
     "normalize_router_prob_before_dropping": (False, True),
@@ -36,7 +36,8 @@ class ModelConfig:
 
     num_experts_per_tok: 2, NLLB's gating (two experts, gates renormalised to sum 1), which also holds where config.json does
     not name it; 1: Switch's, each token to its first expert, gate = softmax probability. The name is that of other sparse
-    models in transformers, whose NLLB-MoE knows two only.
+    models in transformers, whose NLLB-MoE knows two only. tie_word_embeddings: the output projection is the embedding; else
+    it is a matrix of its own, `lm_head.weight`.
     """
 
     vocab_size: int
@@ -53,6 +54,7 @@ class ModelConfig:
     num_experts_per_tok: int = 2
     moe_token_dropout: float = 0.2
     router_bias: bool = False
+    tie_word_embeddings: bool = True
     scale_embedding: bool = True
     pad_token_id: int = 1
     bos_token_id: int = 0

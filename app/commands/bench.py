@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="write the random model into the new directory DIR and stop: an HF checkpoint with --precisions fp16 or none, "
-        "a converted one with a quantized precision; its head is tied, as the formats want it, so its tokens repeat",
+        "a converted one with a quantized precision; with a stand-in tokenizer, so that it can be served",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON, rewritten as each cell ends")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="bars of tokens/s as an image (needs matplotlib)")
@@ -149,6 +149,7 @@ def _write(args: argparse.Namespace) -> int:
 
     from engine.bench.checkpoint_files import write_checkpoint
     from engine.bench.random_model import RandomWeights
+    from engine.bench.stand_in_tokenizer import write_stand_in_tokenizer
 
     if args.write.exists():
         raise ValueError(f"--write {args.write}: it exists; choose another directory or remove it")
@@ -165,6 +166,10 @@ def _write(args: argparse.Namespace) -> int:
     weights = RandomWeights(config, torch.device(require_device(args.device)), args.seed)
     num_bytes = write_checkpoint(weights, args.write, scheme, progress=sys.stderr.isatty())
     print(f"{args.write}: {args.shape}, {num_bytes / 1e9:.2f} GB written in {time.monotonic() - started:.1f} s")
+    if write_stand_in_tokenizer(args.write, config.vocab_size):
+        print(f"with a stand-in tokenizer, so that it can be served: BABELEPHANT_CHECKPOINT={args.write} babelephant serve")
+    else:
+        print("without a tokenizer: the stand-in, the demonstration model's, has more ids than this model")
     return 0
 
 

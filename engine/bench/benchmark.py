@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from engine.accounting import count_parameters, model_bytes
+from engine.accounting import count_parameters, model_bytes, plan_memory
 from engine.bench import report as reporting
 from engine.bench.ablation import ablate_step, require_ablation
 from engine.bench.check import CHECK_CELLS, CheckResult, check_engine, token_agreement
@@ -18,7 +18,7 @@ from engine.bench.floor import decode_step_bytes
 from engine.bench.inputs import CellInputs
 from engine.bench.measure import MemoryMeter, profile_decode, read_bandwidth
 from engine.bench.options import BenchOptions
-from engine.bench.ours import OurEngine, engine_config, make_runner, planned_bytes
+from engine.bench.ours import OurEngine, engine_config, make_runner
 from engine.bench.peers import Peer, PeerError, transformers_version
 from engine.bench.random_model import RandomWeights, random_transformer
 from engine.bench.report import CellReport, EngineRow, Report
@@ -185,9 +185,7 @@ class Benchmark:
         engine = OurEngine(make_runner(transformer, config), config)
         result.build_s[name] = time.monotonic() - start
         meter.settle()
-        result.planned_bytes[name] = planned = planned_bytes(
-            self.config, config, is_tied=self.options.checkpoint is not None
-        )
+        result.planned_bytes[name] = planned = plan_memory(transformer.config, config).total_bytes
         held = meter.peak_bytes()
         beside = "" if held is None else f", {held / 1e9:.2f} GB held ({held / planned - 1:+.1%})"
         self.say(f"{name}: built in {result.build_s[name]:.1f} s; {planned / 1e9:.2f} GB planned{beside}")

@@ -1,8 +1,4 @@
-"""Random models as checkpoint directories: HF shards in fp16, or a converted checkpoint whose codes come from the device.
-
-The file formats know tied output projections only, so the head is the embedding: good for loading, converting and memory,
-while tokens soon repeat (see `random_model`, whose own models are not tied).
-"""
+"""Random models as checkpoint directories: HF shards in fp16, or a converted checkpoint whose codes come from the device."""
 
 from __future__ import annotations
 
@@ -37,7 +33,7 @@ def write_checkpoint(
     converting the fp16 one would give, up to the choice of scales. Raises FileExistsError when `out_dir` exists.
     """
     out_dir.mkdir(parents=True)
-    raw = {**asdict(weights.config), "model_type": "nllb-moe", "tie_word_embeddings": True}
+    raw = {**asdict(weights.untied), "model_type": "nllb-moe"}
     (out_dir / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     writer = ShardWriter(out_dir, max_shard_bytes, "model" if scheme is None else "quantized")
     num_bytes = 0
@@ -55,7 +51,7 @@ def write_checkpoint(
 
 def _tensors(weights: RandomWeights, scheme: QuantScheme | None) -> Iterator[dict[str, Tensor]]:
     """What goes into the files together, on the CPU."""
-    for name, spec in expected_specs(weights.config).items():
+    for name, spec in expected_specs(weights.untied).items():
         if not is_expert_matrix(name):
             tensor = weights.tensor(name, spec.shape)
             yield {name: tensor.to(torch.float16 if scheme is None else torch.bfloat16).cpu()}

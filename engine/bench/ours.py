@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from engine.accounting import plan_memory
 from engine.batching import pack
 from engine.bench.engine_run import EngineRun, synchronize
 from engine.bench.inputs import CellInputs
 from engine.bench.shapes import Cell, Variant
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.model.transformer import Transformer
 from engine.runner import Runner
 from engine.search.spec import ScoredTokens, SearchOutcome, SearchSpec
@@ -44,12 +43,6 @@ def engine_config(
         batch_invariant=variant.batch_invariant,
         int8_dense=variant.int8_dense,
     )
-
-
-def planned_bytes(model: ModelConfig, config: EngineConfig, *, is_tied: bool) -> int:
-    """What the plan says, and the output projection of a random model, which is not tied to its embedding."""
-    head = 0 if is_tied else model.vocab_size * model.d_model * (4 if config.compute_dtype == "float32" else 2)
-    return plan_memory(model, config).total_bytes + head
 
 
 def make_runner(transformer: Transformer, config: EngineConfig, clock: StepClock | None = None) -> Runner | DeviceRunner:

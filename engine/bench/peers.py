@@ -33,7 +33,7 @@ from engine.bench.peer_experts import (
 from engine.bench.random_model import RandomWeights
 from engine.config import ModelConfig
 from engine.types import Int32Array
-from engine.weights.mapping import EMBEDDING_NAME
+from engine.weights.mapping import EMBEDDING_NAME, HEAD_NAME
 
 _JUDGED_AT_ONCE = 16
 
@@ -64,7 +64,7 @@ class Peer:
         """The random model. resident False keeps no expert matrix in memory."""
         transformers = _import_transformers()
         with torch.device("meta"):
-            model = transformers.NllbMoeForConditionalGeneration(_hf_config(weights.config, tied=False))
+            model = transformers.NllbMoeForConditionalGeneration(_hf_config(weights.untied))
         peer = cls(weights.config, model.eval(), weights.device, dtype, resident)
         peer._materialize(weights)
         peer._patch()
@@ -176,7 +176,7 @@ class Peer:
                 module.weights = module.weights.to(self.device, self.dtype)
             for parameter_name, parameter in module.named_parameters(recurse=False):
                 full_name = f"{name}.{parameter_name}".removeprefix("model.")
-                if ".experts." not in full_name and parameter.is_meta and not _is_tied(full_name):
+                if ".experts." not in full_name and parameter.is_meta and not _is_embedding_or_head(full_name):
                     drawn = weights.tensor(full_name, tuple(parameter.shape)).to(self.dtype)
                     setattr(module, parameter_name, nn.Parameter(drawn, requires_grad=False))
         model = self.model.model
@@ -184,7 +184,8 @@ class Peer:
             weights.tensor(EMBEDDING_NAME, tuple(model.shared.weight.shape)).to(self.dtype), requires_grad=False
         )
         model.encoder.embed_tokens.weight = model.decoder.embed_tokens.weight = model.shared.weight
-        self.model.lm_head.weight = nn.Parameter(weights.output_projection(model.shared.weight), requires_grad=False)
+        head = weights.tensor(HEAD_NAME, tuple(model.shared.weight.shape)).to(self.dtype)
+        self.model.lm_head.weight = nn.Parameter(head, requires_grad=False)
         for name, ffn in self._sparse_layers():
             draw = ExpertDraw(weights, name.removeprefix("model."), self.dtype)
             if self.is_resident:
@@ -224,13 +225,13 @@ class Judgement:
     best_share: float
 
 
-def _hf_config(config: ModelConfig, *, tied: bool) -> Any:
+def _hf_config(config: ModelConfig) -> Any:
     raw = dataclasses.asdict(config)
     raw.pop("layer_norm_eps")
-    return _import_transformers().NllbMoeConfig(**raw, tie_word_embeddings=tied, dropout=0.0)
+    return _import_transformers().NllbMoeConfig(**raw, dropout=0.0)
 
 
-def _is_tied(name: str) -> bool:
+def _is_embedding_or_head(name: str) -> bool:
     return name.endswith(("shared.weight", "embed_tokens.weight", "lm_head.weight"))
 
 

@@ -8,7 +8,7 @@ can be compared. The other matrices are int8 codes times powers of two, for engi
 drawn from a seed made of its name: nothing has to be kept to draw it again.
 
 *No collapse.* A plain random model soon repeats one token, whose rows then share two experts a layer: a loop over experts
-looks fast there. Here the output projection is not tied: it is the sum of several permuted copies of the embedding,
+looks fast there. Here the output projection is never tied: it is the sum of several permuted copies of the embedding,
 so that after token i the tokens pi_1(i), pi_2(i), ... are likely and the network (source, position, experts) decides among
 them. Rows walk through the vocabulary on paths of their own, and a wrong expert shows as other tokens.
 """
@@ -25,10 +25,9 @@ from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig, QuantScheme
 from engine.model.allocation import allocate_transformer
-from engine.model.layers import Linear
 from engine.model.transformer import Transformer
 from engine.quantization.symmetric import QuantizedTensor, num_groups, pack_int4
-from engine.weights.mapping import EMBEDDING_NAME, ExpertPlace, TensorPlace, map_places
+from engine.weights.mapping import EMBEDDING_NAME, HEAD_NAME, ExpertPlace, TensorPlace, map_places
 
 NUM_SPECIAL_TOKENS = 4  # ids 0 to 3 are never generated: their output rows are zero
 _MAX_CODE = 7
@@ -74,8 +73,15 @@ class RandomWeights:
     device: torch.device
     seed: int = 0
 
+    @property
+    def untied(self) -> ModelConfig:
+        """The architecture that is drawn: with an output projection of its own, whatever `config` says."""
+        return dataclasses.replace(self.config, tie_word_embeddings=False)
+
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Any tensor but an expert matrix, float32, rounded to bf16 (so that all precisions hold the same)."""
+        if name == HEAD_NAME:
+            return self._output_projection(self.tensor(EMBEDDING_NAME, shape))
         noise = torch.randn(shape, generator=self._generator(name), device=self.device)
         if name == EMBEDDING_NAME:
             drawn = noise.mul_(_EMBEDDING_STD / math.sqrt(self.config.d_model))
@@ -102,17 +108,17 @@ class RandomWeights:
             spread[half : 2 * half] = spread[:half]
         return ExpertMatrix(codes, torch.exp2((spread + exponent).float()))
 
-    def output_projection(self, embedding: Tensor) -> Tensor:
-        """The untied head [V, D] for embedding [V, D], in its dtype: zero rows for the special tokens."""
-        ordinary = embedding[NUM_SPECIAL_TOKENS:].float()
+    def _output_projection(self, embedding: Tensor) -> Tensor:
+        """float32 [V, D] for embedding [V, D], exact in 16 bits: zero rows for the special tokens."""
+        ordinary = embedding[NUM_SPECIAL_TOKENS:]
         ordinary = ordinary / ordinary.norm(dim=1, keepdim=True)
-        head = torch.zeros_like(embedding, dtype=torch.float32)
+        head = torch.zeros_like(embedding)
         generator = self._generator("successors")
         num_successors = max(2, round(self.config.d_model / _SUCCESSOR_LOGIT**2))
         for _ in range(num_successors):
             successors = torch.randperm(len(ordinary), generator=generator, device=self.device)
             head.index_add_(0, successors + NUM_SPECIAL_TOKENS, ordinary)
-        return _int8_exact(head.mul_(num_successors**-0.5)).to(embedding.dtype)
+        return _int8_exact(head.mul_(num_successors**-0.5))
 
     def _gain(self, name: str) -> float:
         if ".experts." in name and ".fc2." in name:
@@ -129,9 +135,8 @@ def random_transformer(weights: RandomWeights, engine_config: EngineConfig) -> T
 
     Experts are filled one at a time, quantized ones straight from their codes: no other precision of them ever exists.
     """
-    config = weights.config
     transformer = allocate_transformer(
-        config,
+        weights.untied,
         dtype=getattr(torch, engine_config.compute_dtype),
         device=weights.device,
         scheme=engine_config.quant_scheme,
@@ -142,9 +147,6 @@ def random_transformer(weights: RandomWeights, engine_config: EngineConfig) -> T
             place.write(weights.tensor(name, place.shape))
         else:
             _fill_expert(place, weights.expert_matrix(name, (place.shape[0], place.shape[1])), transformer.dtype)
-    head = torch.zeros_like(transformer.embedding)  # with the padding of the vocabulary
-    head[: config.vocab_size] = weights.output_projection(transformer.embedding[: config.vocab_size])
-    transformer = dataclasses.replace(transformer, output_projection=Linear(head, None))
     transformer.pack()
     return transformer
 

@@ -44,12 +44,13 @@ class _Allocator:
         encoder_load, decoder_load = self._load("encoder"), self._load("decoder")
         padded_vocabulary = -(-config.vocab_size // _VOCABULARY_ALIGNMENT) * _VOCABULARY_ALIGNMENT
         embedding = self._empty(padded_vocabulary, config.d_model)
-        embedding[config.vocab_size :] = 0.0
+        head = embedding if config.tie_word_embeddings else torch.empty_like(embedding)
+        embedding[config.vocab_size :] = head[config.vocab_size :] = 0.0
         table = sinusoidal_positions(max_tokens + config.pad_token_id + 1, config.d_model, config.pad_token_id)
         return Transformer(
             config=config,
             embedding=embedding,
-            output_projection=Linear(embedding, None),
+            output_projection=Linear(head, None),
             positions=table.to(device=self.device, dtype=self.dtype),
             encoder_layers=tuple(self._encoder_layer(i, encoder_load) for i in range(config.encoder_layers)),
             encoder_norm=self._norm(),

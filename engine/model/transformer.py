@@ -1,7 +1,7 @@
 """The NLLB-MoE network at inference: encode packed sources, write cross-attention keys and values, decode one step.
 
 Legend: S_total packed source tokens, B sentences, D d_model, R rows (live hypotheses), T positions, V vocabulary.
-Pre-norm blocks; x = W[token] * sqrt(D) + position row; logits = h W^T with the same W.
+Pre-norm blocks; x = W[token] * sqrt(D) + position row; logits = h W^T, with the same W where the model ties them.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ class DecoderLayer:
 class Transformer:
     """Weights and the three passes over them. Every call runs without autograd.
 
-    embedding [V padded to a multiple of 64, D], zero in the padding; output_projection: the same weights as a linear map
-    without bias. positions [rows, D]: the sinusoidal table. encoder_load, decoder_load: what the newest `encode` and
-    `decode` gave to the experts. After filling the weights call `pack` once.
+    embedding [V padded to a multiple of 64, D], zero in the padding. output_projection: a linear map of that size without
+    bias, with the embedding's weights where `tie_word_embeddings`. positions [rows, D]: the sinusoidal table. encoder_load,
+    decoder_load: what the newest `encode` and `decode` gave to the experts. After filling the weights call `pack` once.
     """
 
     config: ModelConfig

@@ -70,7 +70,8 @@ def convert(
         partial = Path(temporary) / "converted"
         partial.mkdir()
         writer = ShardWriter(partial, max_shard_bytes)
-        errors = _convert_tensors(paths, len(specs), scheme, writer, progress=progress)
+        has_head = not config.tie_word_embeddings
+        errors = _convert_tensors(paths, len(specs), scheme, writer, has_head=has_head, progress=progress)
         manifest = Manifest(scheme.name, writer.close(), {path.name: _sha256(path) for path in paths}, errors)
         manifest.write(partial)
         for name in _COPIED_FILES:
@@ -81,13 +82,13 @@ def convert(
 
 
 def _convert_tensors(
-    paths: list[Path], num_tensors: int, scheme: QuantScheme, writer: ShardWriter, *, progress: bool
+    paths: list[Path], num_tensors: int, scheme: QuantScheme, writer: ShardWriter, *, has_head: bool, progress: bool
 ) -> dict[str, float]:
     """Feed every tensor to the writer, experts quantized; relative error by matrix name."""
     errors: dict[str, float] = {}
     embedding: Tensor | None = None
     for stored_name, tensor in tqdm(stream_tensors(paths), total=num_tensors, unit="tensor", disable=not progress):
-        name = canonical_name(stored_name)
+        name = canonical_name(stored_name, has_head=has_head)
         if is_expert_matrix(name):
             try:
                 quantized = quantize(tensor, scheme)
@@ -97,7 +98,10 @@ def _convert_tensors(
             writer.add({name + CODES_SUFFIX: quantized.codes, name + SCALES_SUFFIX: quantized.scales})
         elif name == EMBEDDING_NAME and embedding is not None:
             if not torch.equal(embedding, tensor):
-                raise CheckpointError(f"{stored_name} differs from the shared embedding; only tied embeddings can be served")
+                raise CheckpointError(
+                    f"{stored_name} differs from the shared embedding, but by config.json they are one; an output "
+                    'projection of its own needs "tie_word_embeddings": false there'
+                )
         else:
             embedding = tensor if name == EMBEDDING_NAME else embedding
             writer.add({name: tensor})

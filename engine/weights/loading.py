@@ -16,6 +16,7 @@ from engine.weights.manifest import read_manifest
 from engine.weights.mapping import (
     CODES_SUFFIX,
     EMBEDDING_NAME,
+    HEAD_NAME,
     SCALES_SUFFIX,
     ExpertPlace,
     Place,
@@ -63,7 +64,7 @@ def _fill(places: dict[str, Place], paths: list[Path]) -> None:
     waiting: dict[str, Tensor] = {}  # codes or scales whose other half has not come yet
     embedding_is_filled = False
     for stored_name, tensor in stream_tensors(paths):
-        name = canonical_name(stored_name)
+        name = canonical_name(stored_name, has_head=HEAD_NAME in places)
         if name == EMBEDDING_NAME and embedding_is_filled:
             _check_tied(stored_name, tensor, places[name])
         elif name.endswith((CODES_SUFFIX, SCALES_SUFFIX)):
@@ -97,5 +98,6 @@ def _fill_half(places: dict[str, Place], name: str, tensor: Tensor, waiting: dic
 def _check_tied(name: str, tensor: Tensor, place: Place) -> None:
     if isinstance(place, TensorPlace) and not place.holds(tensor):
         raise CheckpointError(
-            f"{name} differs from the shared embedding; this engine computes models with tied embeddings only"
+            f"{name} differs from the shared embedding, but by config.json they are one; an output projection of its own "
+            'needs "tie_word_embeddings": false there'
         )

@@ -21,9 +21,10 @@ from engine.quantization.symmetric import QuantizedTensor, num_groups
 from engine.weights.checkpoint import TensorSpec
 
 EMBEDDING_NAME = "shared.weight"
+HEAD_NAME = "lm_head.weight"
 CODES_SUFFIX, SCALES_SUFFIX = ".codes", ".scales"
 # Copies of the shared embedding that some checkpoints store as well.
-_TIED_NAMES = frozenset({"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"})
+_COPY_NAMES = frozenset({"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +74,14 @@ class ExpertPlace:
 Place = TensorPlace | ExpertPlace
 
 
-def canonical_name(name: str) -> str:
-    """Name in the base class: without the prefix of NllbMoeForConditionalGeneration, tied copies as the embedding."""
+def canonical_name(name: str, *, has_head: bool = False) -> str:
+    """Name in the base class: without the prefix of NllbMoeForConditionalGeneration, copies of the embedding as that.
+
+    has_head: the output projection is no such copy, but a matrix of its own.
+    """
     bare = name.removeprefix("model.")
-    return EMBEDDING_NAME if bare in _TIED_NAMES else bare
+    is_copy = bare in _COPY_NAMES or (bare == HEAD_NAME and not has_head)
+    return EMBEDDING_NAME if is_copy else bare
 
 
 def is_expert_matrix(name: str) -> bool:
@@ -105,9 +110,12 @@ def expected_specs(config: ModelConfig, scheme: QuantScheme | None = None) -> di
 def map_places(transformer: Transformer) -> dict[str, Place]:
     """Every checkpoint tensor the model needs, by canonical name, and where it goes, before Transformer.pack.
 
-    Tied copies of the embedding are not among them.
+    Copies of the embedding are not among them.
     """
-    places: dict[str, Place] = {EMBEDDING_NAME: TensorPlace(transformer.embedding[: transformer.config.vocab_size])}
+    vocab_size = transformer.config.vocab_size
+    places: dict[str, Place] = {EMBEDDING_NAME: TensorPlace(transformer.embedding[:vocab_size])}
+    if not transformer.config.tie_word_embeddings:
+        places[HEAD_NAME] = TensorPlace(transformer.output_projection.weight[:vocab_size])
     _place_norm(places, "encoder.layer_norm", transformer.encoder_norm)
     _place_norm(places, "decoder.layer_norm", transformer.decoder_norm)
     for index, encoder_layer in enumerate(transformer.encoder_layers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from engine.weights.checkpoint import CheckpointError, TensorSpec
-from engine.weights.mapping import EMBEDDING_NAME, canonical_name
+from engine.weights.mapping import EMBEDDING_NAME, HEAD_NAME, canonical_name
 
 FLOAT_DTYPES = frozenset({"F32", "BF16", "F16", "F64"})
 _NAMES_SHOWN = 5
@@ -14,12 +14,12 @@ _NAMES_SHOWN = 5
 def check_specs(stored: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:
     """Raise CheckpointError naming every kind of disagreement; `expected` is by canonical name.
 
-    An expected dtype "float" accepts any float. Copies of the shared embedding under its tied names count as the embedding.
+    An expected dtype "float" accepts any float. Copies of the shared embedding under other names count as the embedding.
     """
     problems = []
     by_name: dict[str, list[str]] = {}
     for name in stored:
-        by_name.setdefault(canonical_name(name), []).append(name)
+        by_name.setdefault(canonical_name(name, has_head=HEAD_NAME in expected), []).append(name)
     problems += _problem("missing", sorted(expected.keys() - by_name.keys()))
     problems += _problem("unknown", sorted(n for name in by_name.keys() - expected.keys() for n in by_name[name]))
     problems += _problem(

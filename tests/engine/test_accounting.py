@@ -86,7 +86,14 @@ def test_odd_matrices_round_up() -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [TINY_EVEN, TINY_ODD, {"router_bias": True}, {"encoder_sparse_step": 0, "decoder_sparse_step": 1}]
+    "overrides",
+    [
+        TINY_EVEN,
+        TINY_ODD,
+        {"router_bias": True},
+        {"tie_word_embeddings": False},
+        {"encoder_sparse_step": 0, "decoder_sparse_step": 1},
+    ],
 )
 def test_parameters_of_real_state_dicts(overrides: dict[str, int]) -> None:
     model = make_tiny_model(seed=0, **overrides)

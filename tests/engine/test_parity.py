@@ -152,6 +152,12 @@ def switch(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny_pair(write_tiny_tokenizer(tmp_path_factory.mktemp("switch")), request.param, num_experts_per_tok=1)
 
 
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """An output projection of its own."""
+    return tiny_pair(write_tiny_tokenizer(tmp_path_factory.mktemp("untied")), "odd", tie_word_embeddings=False)
+
+
 def tiny_pair(checkpoint: Path, variant: str, **overrides: int) -> Pair:
     if variant == "even":
         make_tiny_checkpoint(checkpoint, seed=11, eos_bias=3.0, **overrides)
@@ -170,6 +176,13 @@ def test_tiny_random_models(tiny: Pair, search: SearchOptions, tally: Tally) -> 
 @pytest.mark.parametrize("search", SWITCH_CASES, ids=str)
 def test_one_expert_a_token(switch: Pair, search: SearchOptions, tally: Tally) -> None:
     check(switch, search, tally)
+
+
+@pytest.mark.parametrize("search", SWITCH_CASES, ids=str)
+def test_an_output_projection_of_its_own(untied: Pair, search: SearchOptions, tally: Tally) -> None:
+    head, embedding = untied.oracle.lm_head.weight, untied.oracle.model.shared.weight
+    assert not torch.equal(head, embedding)
+    check(untied, search, tally)
 
 
 def heldout_sentences(count: int) -> list[Sentence]:

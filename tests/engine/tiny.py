@@ -61,7 +61,7 @@ def make_tiny_model(*, seed: int, eos_bias: float = 0.0, **overrides: Any) -> Nl
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             parameter.copy_(_draw(name, parameter, generator))
-        eos_row = model.model.shared.weight[model.config.eos_token_id]
+        eos_row = model.lm_head.weight[model.config.eos_token_id]
         model.model.decoder.layer_norm.bias += eos_bias * eos_row / eos_row.square().sum()
     return model
 
@@ -84,6 +84,8 @@ def load_hf_model(directory: Path) -> NllbMoeForConditionalGeneration:
             "pip install transformers==4.57.6"
         )
     model = NllbMoeForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+    if not model.config.tie_word_embeddings:  # then it draws at random what it has not stored: copies of the embedding
+        model.model.encoder.embed_tokens.weight = model.model.decoder.embed_tokens.weight = model.model.shared.weight
     if getattr(model.config, "num_experts_per_tok", 2) == 1:
         for module in model.modules():
             if isinstance(module, NllbMoeTop2Router):

@@ -76,10 +76,8 @@ def test_the_mean_of_relu_does_not_reach_the_next_layer() -> None:
 
 
 def test_the_head_is_untied_and_never_names_a_special_token() -> None:
-    embedding = WEIGHTS.tensor("shared.weight", (TINY.vocab_size, TINY.d_model))
-    before = embedding.clone()
-    head = WEIGHTS.output_projection(embedding)
-    assert torch.equal(embedding, before)
+    embedding, head = (WEIGHTS.tensor(name, (TINY.vocab_size, TINY.d_model)) for name in ("shared.weight", "lm_head.weight"))
+    assert torch.equal(head.half().float(), head) and torch.equal(head.bfloat16().float(), head)
     assert not head[:NUM_SPECIAL_TOKENS].any()
     similarity = torch.nn.functional.normalize(embedding) @ torch.nn.functional.normalize(head).T
     follow = similarity[NUM_SPECIAL_TOKENS:].topk(2, dim=1)
@@ -99,8 +97,8 @@ def test_names_and_seeds_decide_the_numbers() -> None:
 def test_transformers_gets_the_same_weights() -> None:
     """Every name of our own loader's table, with the numbers drawn for it; drawn on use or resident makes no difference."""
     peer = Peer.random(WEIGHTS, torch.float32, resident=True)
-    theirs = {canonical_name(name): value for name, value in peer.model.named_parameters() if name != "lm_head.weight"}
-    expected = expected_specs(TINY)
+    theirs = {canonical_name(name, has_head=True): value for name, value in peer.model.named_parameters()}
+    expected = expected_specs(WEIGHTS.untied)
     assert theirs.keys() == expected.keys()
     for name, spec in expected.items():
         shape = spec.shape

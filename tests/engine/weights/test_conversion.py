@@ -59,6 +59,16 @@ def test_loading_converted_equals_quantizing_on_load(
     assert torch.equal(direct.encode(ids, offsets), converted.encode(ids, offsets))
 
 
+def test_an_output_projection_of_its_own_comes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.model.layers.can_pack", lambda dtype, device: False)
+    untied = make_tiny_checkpoint(tmp_path / "untied", seed=4, **TINY_ODD, tie_word_embeddings=False)
+    convert(untied, tmp_path / "out", QuantScheme(4), progress=False)
+    config = EngineConfig(precision="w4a16", activation_dtype="float32")
+    direct, converted = load_transformer(untied, config), load_transformer(tmp_path / "out", config)
+    assert torch.equal(direct.output_projection.weight, converted.output_projection.weight)
+    assert not torch.equal(converted.output_projection.weight, converted.embedding)
+
+
 def test_one_expert_a_token_goes_the_whole_way(tmp_path: Path) -> None:
     """The gating is config.json's, which comes along; without the field, as in every older checkpoint, it is two."""
     switch = make_tiny_checkpoint(tmp_path / "switch", seed=4, **TINY_ODD, num_experts_per_tok=1)

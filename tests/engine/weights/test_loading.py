@@ -110,8 +110,26 @@ def test_an_untied_copy_is_refused(edited: Callable[..., Path]) -> None:
     def add(tensors: dict[str, Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.shared.weight"] + 1e-3
 
-    with pytest.raises(CheckpointError, match=r"differs from the shared embedding"):
+    with pytest.raises(CheckpointError, match=r'differs from the shared embedding.* "tie_word_embeddings": false'):
         load_transformer(edited(add), FP32)
+
+
+@pytest.fixture
+def untied(tmp_path: Path) -> Path:
+    return make_tiny_checkpoint(tmp_path / "untied", seed=3, **TINY_ODD, tie_word_embeddings=False)
+
+
+def test_an_output_projection_of_its_own(untied: Path) -> None:
+    transformer, tensors = load_transformer(untied, FP32), load_file(untied / "model.safetensors")
+    head = transformer.output_projection.weight
+    assert torch.equal(head[:53], tensors["lm_head.weight"])
+    assert head.shape == (64, 36) and head[53:].eq(0.0).all()
+    assert torch.equal(transformer.embedding[:53], tensors["model.shared.weight"])
+    assert not torch.equal(head, transformer.embedding)
+    del tensors["lm_head.weight"]
+    save_file(tensors, untied / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing: lm_head\.weight"):
+        load_transformer(untied, FP32)
 
 
 def test_sharded_safetensors(original: Path, tmp_path: Path) -> None:
