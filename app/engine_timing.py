@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -30,8 +30,9 @@ _LOADS = (
     ((10, 48), (8, 64), 6),
     ((64, 128), (4, 12), 1),
 )  # source tokens, target tokens, times the steps
+_LOADS_ON_GPU = (*_LOADS, ((64, 128), (32, 64), 2))  # what is read of the source, apart from encoding it
 _FREE_SHARES = (0.0, 0.0, 0.25, 0.5)  # of the sentences in flight, that end before others take their places
-_STEPS_ON_GPU = 16  # timed as one: a GPU is kept busy from one to the next, and read late
+_STEPS_ON_GPU = 16  # timed as one: a GPU has work queued from one to the next, and is read late
 _NUM_RESERVED_IDS = 4  # bos, pad, eos, unk
 _TEXT = (  # what is tokenized, about a token a word
     "The file could not be saved because the disk is full, so please close other windows, remove what you no longer need, "
@@ -88,14 +89,14 @@ class EngineTimer:
 
     def num_parts(self, num_steps: int) -> int:
         """Of one round of `measure`."""
-        return len(self.batches) * sum(times * num_steps // self._group for _, _, times in _LOADS)
+        return len(self.batches) * sum(times * num_steps // self._group for _, _, times in self._loads)
 
     def measure(self, num_steps: int) -> Iterator[list[Timing]]:
         """One round over all loads in random order, part by part: so many sentences in flight, for num_steps steps, or six
         times as many where their caches fill. On a CPU encoder passes and decode steps are timed one by one, on a GPU in
-        groups: a fit tells one from the other.
+        groups, from the end of one to the end of the next on the device: a fit tells one from the other.
         """
-        loads = [(batch, load) for batch in self.batches for load in _LOADS]
+        loads = [(batch, load) for batch in self.batches for load in self._loads]
         for index in self._rng.permutation(len(loads)).tolist():
             batch, (source, target, times) = loads[index]
             yield from self._measure_load(batch, source, target, times * num_steps)
@@ -114,8 +115,9 @@ class EngineTimer:
         translator = Translator(cast("Tokenizer", ids), Scheduler(self._config), cast("Runner", watched), self._config)
         low, high = self._bounded(target, self._config.max_target_tokens)
         in_flight = num_submitted = 0
+        groups: list[Timing] = []  # on a GPU, and when it began and ended each
+        marks: list[Any] = []
         for _ in range(num_steps // self._group):
-            self._synchronize()
             started, submitting_s = clock.now(), 0.0
             for _ in range(self._group):
                 before = clock.now()
@@ -129,16 +131,22 @@ class EngineTimer:
                         num_submitted += 1
                     in_flight = batch
                 submitting_s += clock.now() - before  # mostly drawing ids
+                if self.on_gpu and not marks:
+                    marks.append(self._mark())
                 in_flight -= len(translator.step())
-            self._synchronize()
-            # A GPU works on meanwhile.
-            unwanted_s = 0.0 if self.on_gpu else submitting_s - ids.take_tokenizing_s()
+            unwanted_s = submitting_s - ids.take_tokenizing_s()
             timings = watched.take(clock.now() - started - unwanted_s)
             if translator.stats().num_retries:
                 raise RuntimeError(
                     "the engine had to start sentences over while it was timed; see the log above for the fault"
                 )
-            yield timings
+            if self.on_gpu:
+                groups += timings
+                marks.append(self._mark())
+            else:
+                yield timings
+        for group, begun, ended in zip(groups, marks, marks[1:], strict=False):
+            yield [replace(group, seconds=self._seconds_between(begun, ended))]
         self._runner.clear()
 
     @property
@@ -149,11 +157,22 @@ class EngineTimer:
     def _bounded(lengths: tuple[int, int], limit: int) -> tuple[int, int]:
         return min(lengths[0], limit), min(lengths[1], limit)
 
-    def _synchronize(self) -> None:
-        if self.on_gpu:
-            import torch
+    @property
+    def _loads(self) -> tuple[tuple[tuple[int, int], tuple[int, int], int], ...]:
+        return _LOADS_ON_GPU if self.on_gpu else _LOADS
 
-            torch.cuda.synchronize(torch.device(self._config.device))
+    def _mark(self) -> Any:
+        """Here in what the GPU has been given to do; the host goes on."""
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(torch.device(self._config.device)))
+        return event
+
+    def _seconds_between(self, begun: Any, ended: Any) -> float:
+        """By the GPU's clock; waits until it has got there."""
+        ended.synchronize()
+        return float(begun.elapsed_time(ended)) / 1e3
 
 
 class _RandomIds:
@@ -255,11 +274,13 @@ class _WatchedRunner:
         """As Runner. Of a sentence of n generated tokens the last step reads the start token and n - 1 of them."""
         self._decoding = {slot: (held + 1, limit) for slot, (held, limit) in self._decoding.items() if held < limit}
         if self._decoding:
-            count, step = len(self._decoding), self._length_step
+            count, step, beams = len(self._decoding), self._length_step, self._beam_size
             held = [held for held, _ in self._decoding.values()]
             source = [self._source_tokens[slot] for slot in self._decoding]
-            self._rows.append(count * self._beam_size)
-            self._target_cells.append(self._beam_size * cells_read(count, sum(held), max(held), step))
+            # A GPU's first step of a sentence: one beam (all would be alike) and the start token.
+            num_new = held.count(2) if self._clock is None else 0
+            self._rows.append((count - num_new) * beams + 2 * num_new)
+            self._target_cells.append(beams * cells_read(count, sum(held), max(held), step) - 2 * num_new * (beams - 2))
             self._source_cells += cells_read(count, sum(source), max(source), step)
         outcomes = self._runner.decode()
         self._num_ended += len(outcomes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,7 +101,6 @@ def run(args: argparse.Namespace) -> int:
             args.out.write_text(report.to_json())
         return 0 if report.passed else 1
     profile = _profile_shape(args, config) if args.shape else _profile_checkpoint(args, checkpoint, config)
-    print(_summary(profile))
     if args.out:
         profile.save(args.out)
         print(f"written to {args.out}")
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _profile_checkpoint(args: argparse.Namespace, checkpoint: Path, config: EngineConfig) -> Profile:
     from app.clocks import CpuClock, WallClock
-    from app.engine_profile import device_name, fit_profile, host_seconds, start_up_seconds
+    from app.engine_profile import host_seconds, start_up_seconds
     from app.engine_timing import EngineTimer
     from engine.device_runner import load_runner
     from engine.tokenizer import Tokenizer
@@ -123,23 +123,13 @@ def _profile_checkpoint(args: argparse.Namespace, checkpoint: Path, config: Engi
     host_s = 0.0  # on a CPU the timings hold it
     if timer.on_gpu:
         host_s = host_seconds(tokenizer, ["The file could not be saved because the disk is full."] * 200, languages, clock)
-    return fit_profile(
-        _measure(timer, args.rounds),
-        device=args.name or device_name(args.device),
-        model=checkpoint.name if args.checkpoint else "demonstration model",
-        config=config,
-        beam_size=args.beam_size,
-        length_step=timer.length_step,
-        startup_s=startup_s,
-        host_s=host_s,
-        note="; ".join(filter(None, ["CPU time" if args.cpu_time else "", args.note])),
-    )
+    model_name = checkpoint.name if args.checkpoint else "demonstration model"
+    return _measured(args, timer, config, model_name, startup_s, host_s, "CPU time" if args.cpu_time else "")
 
 
 def _profile_shape(args: argparse.Namespace, config: EngineConfig) -> Profile:
     import torch
 
-    from app.engine_profile import device_name, fit_profile
     from app.engine_timing import EngineTimer
     from engine.bench.ours import make_runner
     from engine.bench.random_model import RandomWeights, random_transformer
@@ -150,19 +140,44 @@ def _profile_shape(args: argparse.Namespace, config: EngineConfig) -> Profile:
     transformer = random_transformer(RandomWeights(SHAPES[args.shape], torch.device(args.device)), config)
     timer = EngineTimer(make_runner(transformer, config), SHAPES[args.shape], config, args.beam_size)
     startup_s = time.perf_counter() - started
-    timings = _measure(timer, args.rounds)
     note = "random weights of this shape; startup_s is drawing them and warming up, reading a checkpoint is not in it"
-    return fit_profile(
+    return _measured(args, timer, config, f"shape {args.shape}", startup_s, 0.0, note)
+
+
+def _measured(
+    args: argparse.Namespace,
+    timer: EngineTimer,
+    config: EngineConfig,
+    model: str,
+    startup_s: float,
+    host_s: float,
+    note: str,
+) -> Profile:
+    """Measure, fit, print. host_s: what a sentence costs the host besides. Raises CommandError for a GPU's profile that is
+    nonsense; on a CPU, where each step and each pass is timed alone, little can go wrong.
+    """
+    from app.cli import CommandError
+    from app.engine_profile import device_name, fault_of, fit_profile
+
+    timings = _measure(timer, args.rounds)
+    profile = fit_profile(
         timings,
         device=args.name or device_name(args.device),
-        model=f"shape {args.shape}",
+        model=model,
         config=config,
         beam_size=args.beam_size,
         length_step=timer.length_step,
         startup_s=startup_s,
-        host_s=0.0,
-        note=f"{note}; {args.note}" if args.note else note,
+        host_s=host_s,
+        note="; ".join(filter(None, [note, args.note])),
     )
+    print(_summary(profile))
+    if timer.on_gpu and (fault := fault_of(replace(profile, host_s=max(0.0, profile.host_s - host_s)), timings)):
+        raise CommandError(
+            f"this profile is not to be used, so it is not written: {fault}. See with nvidia-smi that nothing else runs on "
+            f"the GPU, and measure again with more --rounds (they were {args.rounds})"
+        )
+    return profile
 
 
 def _measure(timer: EngineTimer, rounds: int) -> list[Timing]:
