@@ -86,7 +86,12 @@ def run(args: argparse.Namespace) -> int:
         ModelConfig.from_checkpoint(checkpoint)
     precision = args.precision or ("w8a16" if args.shape else default_precision(checkpoint))
     config = EngineConfig(
-        device=args.device, precision=precision, max_rows=args.max_rows, max_waiting=4096, num_threads=args.threads
+        device=args.device,
+        precision=precision,
+        max_rows=args.max_rows,
+        max_source_slots=max(EngineConfig().max_source_slots, args.max_rows // args.beam_size),
+        max_waiting=4096,
+        num_threads=args.threads,
     )
     if args.validate:
         if args.shape:
