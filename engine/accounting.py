@@ -31,7 +31,8 @@ _UNQUANTIZED_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True, slots=True)
 class ParameterCounts:
-    """Parameters by group. `dense` is attention, dense feed-forwards and all norms."""
+    """Parameters by group. `dense` is attention, dense feed-forwards and all norms; `embedding` has the output projection in
+    it where that is a matrix of its own."""
 
     expert_matrices: int
     expert_biases: int
@@ -60,7 +61,7 @@ class MemoryPlan:
     """Bytes one engine will hold.
 
     experts_bytes: expert matrices in canonical form. rest_bytes: all other weights. layout_copies_bytes: second copies
-    that CPU kernels want (int4 codes of the decoder, output projection). kv_cache_bytes: self- and cross-attention cache.
+    that CPU kernels want (decoder's int4 codes, a tied output projection). kv_cache_bytes: self- and cross-attention cache.
     workspace_bytes: on a GPU, what the largest captured pass needs beside them, and library workspaces. driver_bytes: what
     the driver takes there for its context, the code of kernels and captured graphs; measured, and not torch's. ngram_bytes:
     what the first step with an n-gram rule takes there on top, if one is ever asked for.

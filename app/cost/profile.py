@@ -286,7 +286,8 @@ def _dense_bytes(config: ModelConfig) -> tuple[float, float]:
     """Bytes of encoder and decoder weights outside the experts, 2 per value; the output projection is the decoder's."""
     counts = count_parameters(config)
     encoder_share = config.encoder_layers / (config.encoder_layers + 2 * config.decoder_layers)
-    return 2.0 * counts.dense * encoder_share, 2.0 * (counts.dense * (1 - encoder_share) + counts.embedding)
+    head = config.vocab_size * config.d_model  # of an embedding of its own a step reads a few rows only
+    return 2.0 * counts.dense * encoder_share, 2.0 * (counts.dense * (1 - encoder_share) + head)
 
 
 def _encoder_bytes(config: ModelConfig, precision: str) -> float:

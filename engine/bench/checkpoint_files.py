@@ -14,7 +14,7 @@ from tqdm import tqdm
 from engine.bench.random_model import RandomWeights
 from engine.config import QuantScheme
 from engine.weights.manifest import Manifest
-from engine.weights.mapping import CODES_SUFFIX, SCALES_SUFFIX, expected_specs, is_expert_matrix
+from engine.weights.mapping import CODES_SUFFIX, HEAD_NAME, SCALES_SUFFIX, expected_specs, is_expert_matrix
 from engine.weights.shards import ShardWriter
 
 
@@ -52,13 +52,15 @@ def write_checkpoint(
 def _tensors(weights: RandomWeights, scheme: QuantScheme | None) -> Iterator[dict[str, Tensor]]:
     """What goes into the files together, on the CPU."""
     for name, spec in expected_specs(weights.untied).items():
+        # transformers takes a head only beside names with the prefix
+        stored = name if scheme is not None or name == HEAD_NAME else f"model.{name}"
         if not is_expert_matrix(name):
             tensor = weights.tensor(name, spec.shape)
-            yield {name: tensor.to(torch.float16 if scheme is None else torch.bfloat16).cpu()}
+            yield {stored: tensor.to(torch.float16 if scheme is None else torch.bfloat16).cpu()}
             continue
         matrix = weights.expert_matrix(name, (spec.shape[0], spec.shape[1]))
         if scheme is None:
-            yield {name: matrix.dense(torch.float16).cpu()}
+            yield {stored: matrix.dense(torch.float16).cpu()}
         else:
             quantized = matrix.quantized(scheme)
             yield {name + CODES_SUFFIX: quantized.codes.cpu(), name + SCALES_SUFFIX: quantized.scales.cpu()}

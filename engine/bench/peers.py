@@ -75,6 +75,8 @@ class Peer:
         """A checkpoint in the NLLB-MoE format, unquantized."""
         transformers = _import_transformers()
         model = transformers.NllbMoeForConditionalGeneration.from_pretrained(path, dtype=dtype).to(device).eval()
+        # transformers 4.57.6 neither stores these copies nor ties them where the head is untied: it draws them at random
+        model.model.encoder.embed_tokens.weight = model.model.decoder.embed_tokens.weight = model.model.shared.weight
         peer = cls(ModelConfig.from_checkpoint(path), model, device, dtype, is_resident=True)
         for _, ffn in peer._sparse_layers():
             stack_experts(ffn)

@@ -59,8 +59,8 @@ class _Layer:
 class KernelDecoder:
     """The decoder of one Transformer over one KV cache.
 
-    It folds the layer norms into the maps behind them and gives up the plain weights of those: afterwards the Transformer's
-    own `decode` fails.
+    It folds the layer norms into the maps behind them and gives up the plain weights of those, and in int8 those of an
+    output projection of its own: afterwards the Transformer's own `decode` fails.
     """
 
     def __init__(self, transformer: Transformer, cache: KVCache, *, max_entries: int, options: KernelOptions) -> None:
@@ -76,6 +76,8 @@ class KernelDecoder:
         self._head: Tensor | Int8Linear = transformer.output_projection.weight
         if options.int8_dense:
             self._head = quantize_int8(self._head)
+            if not transformer.config.tie_word_embeddings:  # else its rows are looked up still
+                transformer.output_projection.weight = transformer.output_projection.weight.to("meta")
 
     @property
     def lists_from(self) -> int | None:

@@ -56,7 +56,8 @@ def reference_logits(weights: Weights, config: ModelConfig, source_ids: list[int
         x = x + _attention(weights, f"{prefix}.cross_attention", y, memory, everything, heads)
         y = _norm(weights, config, f"{prefix}.ff_layer_norm", x)
         x = x + _feed_forward(weights, config, f"{prefix}.ffn", y, sparse=config.is_sparse("decoder", layer))
-    return _norm(weights, config, "decoder.layer_norm", x) @ weights["shared.weight"].T
+    head = weights["shared.weight" if config.tie_word_embeddings else "lm_head.weight"]
+    return _norm(weights, config, "decoder.layer_norm", x) @ head.T
 
 
 def _embed(weights: Weights, config: ModelConfig, token_ids: list[int], position_rows: list[int]) -> Tensor:

@@ -28,7 +28,7 @@ from engine.weights.mapping import (
     is_expert_matrix,
 )
 from engine.weights.shards import ShardWriter
-from engine.weights.validation import check_specs
+from engine.weights.validation import check_specs, differing_copies
 
 _COPIED_FILES = (
     "config.json",
@@ -86,7 +86,7 @@ def _convert_tensors(
 ) -> dict[str, float]:
     """Feed every tensor to the writer, experts quantized; relative error by matrix name."""
     errors: dict[str, float] = {}
-    embedding: Tensor | None = None
+    embedding: tuple[str, Tensor] | None = None  # with the name it is stored under
     for stored_name, tensor in tqdm(stream_tensors(paths), total=num_tensors, unit="tensor", disable=not progress):
         name = canonical_name(stored_name, has_head=has_head)
         if is_expert_matrix(name):
@@ -97,13 +97,10 @@ def _convert_tensors(
             errors[name] = relative_error(tensor, quantized)
             writer.add({name + CODES_SUFFIX: quantized.codes, name + SCALES_SUFFIX: quantized.scales})
         elif name == EMBEDDING_NAME and embedding is not None:
-            if not torch.equal(embedding, tensor):
-                raise CheckpointError(
-                    f"{stored_name} differs from the shared embedding, but by config.json they are one; an output "
-                    'projection of its own needs "tie_word_embeddings": false there'
-                )
+            if not torch.equal(embedding[1], tensor):
+                raise differing_copies(embedding[0], stored_name)
         else:
-            embedding = tensor if name == EMBEDDING_NAME else embedding
+            embedding = (stored_name, tensor) if name == EMBEDDING_NAME else embedding
             writer.add({name: tensor})
     return errors
 

@@ -26,7 +26,7 @@ from engine.weights.mapping import (
     map_places,
 )
 from engine.weights.memory import available_bytes, check_memory
-from engine.weights.validation import check_specs
+from engine.weights.validation import check_specs, differing_copies
 
 
 @torch.inference_mode()
@@ -62,16 +62,16 @@ def load_transformer(checkpoint: Path, engine_config: EngineConfig) -> Transform
 def _fill(places: dict[str, Place], paths: list[Path]) -> None:
     """Write every tensor to its place. Names, shapes and dtypes have been checked."""
     waiting: dict[str, Tensor] = {}  # codes or scales whose other half has not come yet
-    embedding_is_filled = False
+    embedding: str | None = None  # the stored name that filled it
     for stored_name, tensor in stream_tensors(paths):
         name = canonical_name(stored_name, has_head=HEAD_NAME in places)
-        if name == EMBEDDING_NAME and embedding_is_filled:
-            _check_tied(stored_name, tensor, places[name])
+        if name == EMBEDDING_NAME and embedding is not None:
+            _check_copy(embedding, stored_name, tensor, places[name])
         elif name.endswith((CODES_SUFFIX, SCALES_SUFFIX)):
             _fill_half(places, name, tensor, waiting)
         else:
             _write(places[name], stored_name, tensor)
-            embedding_is_filled |= name == EMBEDDING_NAME
+            embedding = stored_name if name == EMBEDDING_NAME else embedding
 
 
 def _write(place: Place, name: str, tensor: Tensor) -> None:
@@ -95,9 +95,6 @@ def _fill_half(places: dict[str, Place], name: str, tensor: Tensor, waiting: dic
     place.write_quantized(codes, scales)
 
 
-def _check_tied(name: str, tensor: Tensor, place: Place) -> None:
+def _check_copy(filled_by: str, name: str, tensor: Tensor, place: Place) -> None:
     if isinstance(place, TensorPlace) and not place.holds(tensor):
-        raise CheckpointError(
-            f"{name} differs from the shared embedding, but by config.json they are one; an output projection of its own "
-            'needs "tie_word_embeddings": false there'
-        )
+        raise differing_copies(filled_by, name)

@@ -34,6 +34,14 @@ def check_specs(stored: Mapping[str, TensorSpec], expected: Mapping[str, TensorS
         raise CheckpointError("the weights do not match config.json: " + "; ".join(problems))
 
 
+def differing_copies(first: str, second: str) -> CheckpointError:
+    """The error for two tensors, by their stored names, that should both be the shared embedding and are not equal."""
+    advice = "this engine computes only models whose encoder and decoder share one embedding"
+    if HEAD_NAME in (first.removeprefix("model."), second.removeprefix("model.")):
+        advice = 'an output projection of its own needs "tie_word_embeddings": false in config.json'
+    return CheckpointError(f"{first} differs from {second}, but both are the shared embedding; {advice}")
+
+
 def _dtype_fits(stored: TensorSpec, expected: TensorSpec) -> bool:
     return stored.dtype in FLOAT_DTYPES if expected.dtype == "float" else stored.dtype == expected.dtype
 

@@ -24,8 +24,10 @@ from engine.accounting import (
     num_sparse_layers,
     plan_memory,
 )
-from engine.config import PRECISIONS, EngineConfig, ModelConfig
+from engine.config import PRECISIONS, EngineConfig, ModelConfig, QuantScheme
 from engine.kv_cache import KVCache
+from engine.model.allocation import allocate_transformer
+from engine.weights.mapping import TensorPlace, map_places
 from tests.engine.tiny import TINY_EVEN, TINY_ODD, make_tiny_model
 
 NLLB_54B = ModelConfig(
@@ -148,6 +150,28 @@ def test_the_plan_counts_second_copies_on_the_cpu_only() -> None:
     fp32 = plan_memory(NLLB_54B, EngineConfig(precision="fp32"))
     assert fp32.experts_bytes == expert_bytes(NLLB_54B, "fp32")
     assert fp32.layout_copies_bytes == 4 * 256206 * 2048
+
+
+@pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": False}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_planned_weights_are_the_tensors_that_are_loaded(overrides: dict[str, bool], dtype: str) -> None:
+    """All but the experts' matrices, buffer by buffer; the padding of the vocabulary is in no plan."""
+    config = ModelConfig.from_dict(make_tiny_model(seed=0, **TINY_ODD, **overrides).config.to_dict())
+    options = {"dtype": getattr(torch, dtype), "device": torch.device("cpu"), "scheme": QuantScheme(4), "max_tokens": 8}
+    places = map_places(allocate_transformer(config, **options)).values()
+    held = {place.destination.data_ptr(): place.destination.nbytes for place in places if isinstance(place, TensorPlace)}
+    assert plan_memory(config, EngineConfig(activation_dtype=dtype)).rest_bytes == sum(held.values())
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "item_bytes"), [("cpu", "float32", 0), ("cpu", "float16", 2), ("cuda", "bfloat16", 2)]
+)
+def test_an_output_projection_of_its_own_costs_its_bytes(device: str, dtype: str, item_bytes: int) -> None:
+    """Once; where the CPU's library wants a layout of its own, a tied one is held twice anyway."""
+    config = EngineConfig(precision="w4a16", device=device, activation_dtype=dtype)
+    untied = replace(NLLB_54B, tie_word_embeddings=False)
+    more = plan_memory(untied, config).total_bytes - plan_memory(NLLB_54B, config).total_bytes
+    assert more == item_bytes * 256206 * 2048
 
 
 def test_the_workspace_of_a_gpu_is_that_of_the_largest_pass() -> None:

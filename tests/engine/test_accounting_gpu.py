@@ -89,10 +89,12 @@ def test_history_lists_are_planned_as_the_search_holds_them() -> None:
     assert planned[1] - planned[0] == held[1] - held[0] > 0
 
 
-def test_int8_dense_is_planned_as_the_decoder_holds_it() -> None:
-    """Bytes of the decoder's maps and head, with the option and without; what a folded norm leaves beside them is in
-    neither plan."""
-    raw = make_tiny_model(seed=0, **{**TINY_ODD, "d_model": 48, "decoder_layers": 5}).config.to_dict()
+@pytest.mark.parametrize("tied", [True, False])
+def test_int8_dense_is_planned_as_the_decoder_holds_it(tied: bool) -> None:
+    """Bytes of the decoder's maps and of the two ends, with the option and without; what a folded norm leaves beside them is
+    in neither plan. A vocabulary that needs no padding, which no plan counts."""
+    shape = {"vocab_size": 128, "d_model": 48, "decoder_layers": 5, "tie_word_embeddings": tied}
+    raw = make_tiny_model(seed=0, **{**TINY_ODD, **shape}).config.to_dict()
     config = ModelConfig.from_dict(raw)
     held, planned = [], []
     for int8 in (False, True):
@@ -111,7 +113,9 @@ def test_int8_dense_is_planned_as_the_decoder_holds_it() -> None:
         cache = KVCache.allocate(config, num_rows=1, max_target_tokens=1, num_source_slots=1, max_source_tokens=1, **options)
         decoder = KernelDecoder(transformer, cache, max_entries=2, options=KernelOptions(int8_dense=int8))
         total = sum(num_bytes(linear.weight) for layer in decoder._layers for linear in maps(layer))
-        held.append(total + (num_bytes(decoder._head) if int8 else 0))
+        ends = (transformer.embedding, transformer.output_projection.weight)
+        plain = {t.data_ptr(): t.nbytes for t in ends if t.device.type != "meta"}
+        held.append(total + sum(plain.values()) + (num_bytes(decoder._head) if int8 else 0))
         planned.append(plan_memory(config, EngineConfig(device="cuda", int8_dense=int8)).rest_bytes)
     assert planned[1] - planned[0] == held[1] - held[0]
 

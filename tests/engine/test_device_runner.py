@@ -61,6 +61,13 @@ def switch_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(directory, seed=7, eos_bias=3.0, **SHAPE, num_experts_per_tok=1)
 
 
+@pytest.fixture(scope="module")
+def untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output projection of its own."""
+    directory = write_tiny_tokenizer(tmp_path_factory.mktemp("device_runner_untied"))
+    return make_tiny_checkpoint(directory, seed=8, eos_bias=3.0, **SHAPE, tie_word_embeddings=False)
+
+
 def kernel_translator(checkpoint: Path, config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> Translator:
     """Through the kernels on any device; on the CPU the weights must not be in the layout of the plain path's library."""
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -131,16 +138,14 @@ def greedy_ties(checkpoint: Path, work: list[TranslationRequest], truth: dict[st
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("precision", "experts_per_token"), [("fp32", 2), ("w4a16", 2), ("w4a16", 1)])
+@pytest.mark.parametrize(
+    ("precision", "model"),
+    [("fp32", "checkpoint"), ("w4a16", "checkpoint"), ("w4a16", "switch_checkpoint"), ("fp32", "untied_checkpoint")],
+)
 def test_same_results_as_the_plain_path(
-    checkpoint: Path,
-    switch_checkpoint: Path,
-    device: str,
-    precision: str,
-    experts_per_token: int,
-    monkeypatch: pytest.MonkeyPatch,
+    device: str, precision: str, model: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = switch_checkpoint if experts_per_token == 1 else checkpoint
+    checkpoint: Path = request.getfixturevalue(model)
     config = dataclasses.replace(CONFIG, precision=precision, activation_dtype="float32", device=device)
     work = requests(60 if device == "cuda" else 6 if precision == "fp32" else 3, SEARCHES)
     truth = run(plain_translator(checkpoint, dataclasses.replace(config, device="cpu")), work, at_once=3)

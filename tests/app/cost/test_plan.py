@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -107,6 +108,9 @@ def test_estimates_are_marked_and_follow_bandwidth() -> None:
     assert fast.capacity_per_s(28, 30, 1.0) > 1.5 * slow.capacity_per_s(28, 30, 1.0) > 0
     with pytest.raises(ProfileError, match="fewer bits"):
         roofline_profile(nllb(), "54B", "bf16", known["T4"])
+    untied = roofline_profile(replace(nllb(), tie_word_embeddings=False), "54B", "w4a16", known["H200"])
+    assert untied.memory_bytes > fast.memory_bytes
+    assert (untied.tau0_s, untied.alpha_s) == (fast.tau0_s, fast.alpha_s)  # a step reads one of the two matrices
 
 
 def test_a_plan_meets_its_rules_and_explains_itself(tmp_path: Path) -> None:

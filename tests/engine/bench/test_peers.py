@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import engine.demo
+from engine.bench.checkpoint_files import write_checkpoint
 from engine.bench.inputs import CellInputs
 from engine.bench.peers import Peer, PeerError, transformers_version
 from engine.bench.random_model import RandomWeights
@@ -146,3 +148,13 @@ def test_the_demonstration_model_loads_as_a_peer() -> None:
     peer = Peer.checkpoint(checkpoint, torch.float32, torch.device("cpu"))
     inputs = CellInputs.draw(peer.config, Cell(2, 1), source_tokens=6)
     assert (peer.run(inputs).token_ids == peer.run(inputs, "grouped").token_ids).all()
+
+
+def test_a_written_random_model_is_the_one_that_was_drawn(tmp_path: Path) -> None:
+    """Untied, transformers 4.57.6 draws the encoder's and the decoder's embedding at random when it reads a checkpoint."""
+    weights = RandomWeights(TINY, torch.device("cpu"), seed=3)
+    write_checkpoint(weights, tmp_path / "out", None)
+    inputs = CellInputs.draw(TINY, Cell(4, 2))
+    drawn = Peer.random(weights, torch.float32, resident=True).run(inputs)
+    read = Peer.checkpoint(tmp_path / "out", torch.float32, torch.device("cpu")).run(inputs)
+    assert (read.token_ids == drawn.token_ids).all()

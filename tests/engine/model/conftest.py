@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "odd-width": {"d_model": 27, "encoder_attention_heads": 3, "decoder_attention_heads": 9, "router_bias": True},
     "every-layer-sparse-two-experts": {"encoder_sparse_step": 1, "decoder_sparse_step": 1, "num_experts": 2},
     "one-expert-a-token": {**TINY_ODD, "num_experts_per_tok": 1, "router_bias": True},
+    "head-of-its-own": {**TINY_ODD, "tie_word_embeddings": False},
     "dense": {"encoder_sparse_step": 0, "decoder_sparse_step": 0, "scale_embedding": False},
 }
 

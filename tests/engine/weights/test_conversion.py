@@ -67,6 +67,11 @@ def test_an_output_projection_of_its_own_comes_along(tmp_path: Path, monkeypatch
     direct, converted = load_transformer(untied, config), load_transformer(tmp_path / "out", config)
     assert torch.equal(direct.output_projection.weight, converted.output_projection.weight)
     assert not torch.equal(converted.output_projection.weight, converted.embedding)
+    raw = json.loads((untied / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match=r'lm_head\.weight differs from model\.shared.* "tie_word_embeddings": false'):
+        convert(untied, tmp_path / "tied", QuantScheme(4), progress=False)
+    assert not (tmp_path / "tied").exists()
 
 
 def test_one_expert_a_token_goes_the_whole_way(tmp_path: Path) -> None:

@@ -20,7 +20,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), seed=5, **TINY_ODD)
 
 
-def test_sizes_are_those_of_the_file(checkpoint: Path) -> None:
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("untied"), seed=5, **TINY_ODD, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "untied"])
+def test_sizes_are_those_of_the_file(name: str, request: pytest.FixtureRequest) -> None:
+    checkpoint: Path = request.getfixturevalue(name)
     tensors = load_file(checkpoint / "model.safetensors")
     matrices = [value for name, value in tensors.items() if ".experts." in name and name.endswith(".weight")]
     report = inspect_checkpoint(checkpoint, "fp32")

@@ -110,7 +110,7 @@ def test_an_untied_copy_is_refused(edited: Callable[..., Path]) -> None:
     def add(tensors: dict[str, Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.shared.weight"] + 1e-3
 
-    with pytest.raises(CheckpointError, match=r'differs from the shared embedding.* "tie_word_embeddings": false'):
+    with pytest.raises(CheckpointError, match=r'lm_head\.weight differs from model\.shared.* "tie_word_embeddings": false'):
         load_transformer(edited(add), FP32)
 
 
@@ -126,10 +126,29 @@ def test_an_output_projection_of_its_own(untied: Path) -> None:
     assert head.shape == (64, 36) and head[53:].eq(0.0).all()
     assert torch.equal(transformer.embedding[:53], tensors["model.shared.weight"])
     assert not torch.equal(head, transformer.embedding)
-    del tensors["lm_head.weight"]
-    save_file(tensors, untied / "model.safetensors")
+
+
+def test_what_does_not_fit_a_model_with_its_own_output_projection_is_named(untied: Path) -> None:
+    tensors = load_file(untied / "model.safetensors")
+    head, embedding = tensors["lm_head.weight"], tensors["model.shared.weight"]
+
+    def load(**changes: Tensor | None) -> Transformer:
+        changed = {**tensors, **{name.replace("__", "."): value for name, value in changes.items()}}
+        save_file({n: t.clone() for n, t in changed.items() if t is not None}, untied / "model.safetensors")
+        return load_transformer(untied, FP32)
+
     with pytest.raises(CheckpointError, match=r"missing: lm_head\.weight"):
-        load_transformer(untied, FP32)
+        load(lm_head__weight=None)
+    with pytest.raises(CheckpointError, match=r"wrong shape: lm_head\.weight is \(52, 36\), not \(53, 36\)"):
+        load(lm_head__weight=head[:52])
+    with pytest.raises(CheckpointError, match=r"unknown: lm_head\.bias"):
+        load(lm_head__bias=head[:, 0])
+    with pytest.raises(CheckpointError, match=r"stored twice: lm_head\.weight"):
+        load(model__lm_head__weight=head)
+    for name in ("model__encoder__embed_tokens__weight", "model__decoder__embed_tokens__weight"):
+        assert torch.equal(load(**{name: embedding}).output_projection.weight[:53], head)  # a copy of the embedding still
+        with pytest.raises(CheckpointError, match=r"embed_tokens\.weight differs from model\.shared.* share one embedding"):
+            load(**{name: head})
 
 
 def test_sharded_safetensors(original: Path, tmp_path: Path) -> None:
