@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.bench.shapes import PEERS, SHAPES, Cell, Variant, with_gating
@@ -42,8 +42,7 @@ class BenchOptions:
     def model_config(self) -> ModelConfig:
         """Of the model under test. Raises ConfigError, ValueError for a checkpoint with another gating than asked for."""
         if self.checkpoint is None:
-            shape = with_gating(SHAPES[self.shape], self.experts_per_token)
-            return replace(shape, tie_word_embeddings=False)  # random models have a head of their own
+            return with_gating(SHAPES[self.shape], self.experts_per_token)
         config = ModelConfig.from_checkpoint(self.checkpoint)
         if self.experts_per_token not in (None, config.num_experts_per_tok):
             raise ValueError(
