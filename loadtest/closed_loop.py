@@ -51,7 +51,8 @@ class Level:
 
 @dataclass(slots=True)
 class LevelRecord:
-    """What ended within the measured seconds, which lie from begin_s to end_s on the machine's monotonic clock.
+    """What ended within the measured seconds, which lie from begin_s to end_s on the machine's monotonic clock; of requests
+    that were not answered well also what ended later, or a service that stops answering near the end would look sound.
 
     latency_s: of requests answered well, in the order of their ends, from the send. cpu_fraction: of one core, of the
     busiest process, warm-up included.
@@ -93,12 +94,13 @@ async def _client(
         request = next(requests)
         outcome = await _exchange(session, url, request, timeout_s)
         ended_s = loop.time()
-        if record.begin_s <= ended_s < record.end_s:
+        is_ok = outcome is Outcome.OK
+        if record.begin_s <= ended_s and (ended_s < record.end_s or not is_ok):
             record.outcomes[outcome] += 1
-            if outcome is Outcome.OK:
+            if is_ok:
                 record.latency_s.append(ended_s - sent_s)
                 record.source_chars += request.source_chars
-        if outcome is not Outcome.OK:
+        if not is_ok:
             await asyncio.sleep(_PAUSE_S)
 
 
@@ -136,6 +138,10 @@ def run_level(
             first, *others = [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise LoadTestError(f"a process of the {level.num_clients} clients died; nothing was measured") from error
+        except threading.BrokenBarrierError as error:
+            raise LoadTestError(
+                f"{number} processes did not start within {_MEETING_S:g} s; choose fewer --processes or a quieter machine"
+            ) from error
     for other in others:
         first.add(other)
     return first

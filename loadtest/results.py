@@ -188,7 +188,8 @@ class KneeResult(_Record):
 
 
 class LevelResult(_Record):
-    """Some clients at once. latency: of requests answered well, from their send; counts: of requests that ended in time.
+    """Some clients at once. latency: of requests answered well, from their send; counts: of requests that ended in time,
+    and of those that ended badly later.
 
     requests_per_s: answered well. gpu_busy: share in 0..1 of the time in which any kernel ran, by index of the GPU, empty
     where this machine cannot tell. cpu_fraction: of one core, of the busiest client process.

@@ -7,7 +7,6 @@ import asyncio
 import datetime
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,13 +98,14 @@ def _levels(args: argparse.Namespace) -> Sequence[Level]:
 
 
 def _result(level: Level, record: LevelRecord, gpu_busy: dict[str, float]) -> LevelResult:
-    outcomes: Counter[Outcome] = record.outcomes
     return LevelResult(
         num_clients=level.num_clients,
         num_processes=level.num_processes,
         duration_s=level.duration_s,
         counts=Counts(
-            sent=outcomes.total(), retried=0, **{outcome.name.lower(): outcomes.get(outcome, 0) for outcome in Outcome}
+            sent=record.outcomes.total(),
+            retried=0,
+            **{outcome.name.lower(): record.outcomes[outcome] for outcome in Outcome},
         ),
         requests_per_s=len(record.latency_s) / level.duration_s,
         source_chars_per_s=record.source_chars / level.duration_s,

@@ -36,6 +36,11 @@ def play(stub: StubService, num_clients: int, *, warmup_s: float = 1.0, duration
     return run_virtually(run())
 
 
+def _come_alone(target, workload, part, seed, meeting):
+    """In place of a process's part: the others never come."""
+    meeting.wait(0.0)
+
+
 def test_a_service_without_a_limit_serves_in_proportion_to_the_clients():
     for num_clients in (1, 7, 40):
         record = play(StubService(lambda _: 0.25), num_clients)
@@ -72,6 +77,20 @@ def test_every_kind_of_bad_answer_is_counted_and_its_client_goes_on():
     }
     assert ok == len(record.latency_s) > 200  # two clients for 20 s, one of them 5 s without an answer
     assert max(record.latency_s) < 0.2
+
+
+def test_a_service_that_stops_answering_near_the_end_does_not_look_sound():
+    """Three clients' last requests hang past the measured seconds, until their timeouts."""
+    record = play(StubService(lambda _: 0.1, kinds=dict.fromkeys(range(24, 99), "hang")), 3, warmup_s=0.0, duration_s=1.0)
+    assert record.outcomes == {Outcome.OK: 24, Outcome.TIMEOUT: 3}
+
+
+def test_processes_that_do_not_meet_are_a_clear_error(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(closed_loop, "_run_part", _come_alone)
+    with stub_in_thread(lambda _: 0.05) as url:
+        arguments = ["--clients", "2", "--processes", "2", "--no-progress", "--output", str(tmp_path / "x.json")]
+        assert main(["closed", "--url", url, *arguments]) == 2
+    assert "2 processes did not start within 120 s; choose fewer --processes" in capsys.readouterr().err
 
 
 def test_a_client_that_is_refused_does_not_flood_the_service():
